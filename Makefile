@@ -1,0 +1,15 @@
+PYTHON ?= python
+
+.PHONY: check soak completions
+check:
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	$(PYTHON) -m pytest
+
+soak: check
+	$(PYTHON) -m pytest -m "slow and not gpu and not network"
+
+completions:
+	$(PYTHON) -m opensora_cli.completion completions

@@ -1,0 +1,301 @@
+"""Settings: frozen, torch-free groups. One dotted path (`train.lr`) names a setting in flags, `--set` and files alike.
+
+A value is stored once: what can be derived (the fps of a sample, the size of a latent) is derived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from opensora_core.errors import ConfigError, InputError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The video that is trained on or sampled. `source_fps / frame_interval` is the fps of a sample."""
+
+    num_frames: int = 16
+    height: int = 256
+    width: int = 256
+    frame_interval: int = 3
+    source_fps: float = 24.0
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of a sample."""
+        return self.source_fps / self.frame_interval
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The denoiser. `weights` is a name of the assets table, a path, `hf:owner/repo`, or empty for random ones."""
+
+    family: str = "stdit"
+    weights: str = ""
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True
+    condition: Literal["text", "pooled", "class"] = "text"
+    caption_channels: int = 4096
+    caption_length: int = 120
+    num_classes: int = 0
+    caption_dropout: float = 0.1
+    temporal_positions: bool = True
+    space_scale: float = 1.0
+    time_scale: float = 1.0
+    base_size: int = 0  # PixArt: side in patches of the square grid that positions are rescaled to; 0 = int(sqrt(S))
+    qk_norm: bool = False
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The video autoencoder. A scaling factor of 0 means the one that the weights were published with."""
+
+    kind: str = "kl"
+    weights: str = "sd-vae-ft-ema"
+    scaling_factor: float = 0.0
+    micro_batch: int = 16
+    sample_posterior: bool = True
+    slicing: bool = False
+    tiling: bool = False
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder. `cleaning` is `published` (Open-Sora 1.0's rules) or `plain` (keeps every script)."""
+
+    kind: Literal["t5", "clip", "class"] = "t5"
+    weights: str = "t5-v1_1-xxl"
+    cleaning: Literal["published", "plain"] = "published"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The objective a model was trained with."""
+
+    objective: Literal["iddpm", "rectified-flow"] = "iddpm"
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    diffusion_steps: int = 1000
+    timestep_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    timestep_shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a sample is drawn."""
+
+    sampler: str = "iddpm"
+    steps: int = 100
+    guidance: float = 7.0
+    guidance_channels: Literal["all", "first-three"] = "all"
+    seed: int = 42
+    num_samples: int = 1
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. `lr` is AdamW's; matrices under `optimizer = "muon"` use `muon_lr`."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 2e-5
+    muon_lr: float = 0.02
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay_fraction: float = 0.0  # the last part of the run, in which the learning rate falls linearly to zero
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    seed: int = 42
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how the arithmetic runs."""
+
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    offload: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; saved with every checkpoint."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@cache
+def _types(group: type) -> dict[str, Any]:
+    return typing.get_type_hints(group)
+
+
+def iterate(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) for every leaf setting, in the order of definition."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        path = f"{prefix}{item.name}"
+        if is_dataclass(value):
+            yield from iterate(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def with_settings(config: T, changes: Mapping[str, Any]) -> T:
+    """Return a copy with some settings changed.
+
+    Args:
+        config: a `Config` or one of its groups.
+        changes: dotted path -> value. A string is parsed as the setting's type, so words of a shell work as they are.
+
+    Raises:
+        ConfigError: an unknown path (the nearest one is offered) or a value of the wrong kind.
+    """
+    known = dict(iterate(config))
+    for path, value in changes.items():
+        if path not in known:
+            raise ConfigError(f"unknown setting '{path}'", nearest(path, known))
+        config = _replace(config, path.split("."), value, path)
+    return config
+
+
+def _replace(group: Any, names: list[str], value: Any, path: str) -> Any:
+    head, *rest = names
+    if rest:
+        changed = _replace(getattr(group, head), rest, value, path)
+    else:
+        changed = _coerce(value, _types(type(group))[head], path)
+    return dataclasses.replace(group, **{head: changed})
+
+
+def _coerce(value: Any, kind: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path} = {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or len(parts) != len(arguments):
+            raise ConfigError(f"{path} = {value!r} is not {len(arguments)} values", f"for example {path}=1,2,2")
+        return tuple(_coerce(part, item, path) for part, item in zip(parts, arguments, strict=True))
+    if origin is types.UnionType:
+        if value is None or value == "none":
+            return None
+        return _coerce(value, next(item for item in arguments if item is not type(None)), path)
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1"):
+            return True
+        if isinstance(value, str) and value.lower() in ("false", "no", "off", "0"):
+            return False
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(f"{path} = {value!r} is neither true nor false")
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{path} = {value!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if kind is int and isinstance(value, float) and value != number:
+            raise ConfigError(f"{path} = {value!r} is not an integer")
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ConfigError(f"{path} = {value!r} is not a finite number")
+        return number
+    if kind is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"{path} = {value!r} is not of type {getattr(kind, '__name__', kind)}")
+
+
+def parse_settings(words: list[str]) -> dict[str, str]:
+    """Parse `path=value` words, as given to `--set`.
+
+    Raises:
+        ConfigError: a word without an equals sign.
+    """
+    changes = {}
+    for word in words:
+        path, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {word!r} has no '='", "write --set train.lr=1e-4")
+        changes[path.strip()] = value.strip()
+    return changes
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables into dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file of settings (a `--config`, or the one saved with a checkpoint) as dotted paths.
+
+    Raises:
+        InputError: the file cannot be read.
+        ConfigError: it is neither TOML nor JSON, or not a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read settings from {path}: {error}") from None
+    try:
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is not a table of settings")
+    return flatten(tree)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain tables, ready for JSON; `with_settings(Config(), flatten(to_dict(c))) == c`."""
+    return dataclasses.asdict(config)
+
+
+def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
+    """TOML text that `read_settings` reads back; with `origins`, a comment says where each value came from."""
+    lines: list[str] = []
+    for group in fields(config):
+        lines.append(f"[{group.name}]")
+        for name, value in iterate(getattr(config, group.name)):
+            line = f"{name} = {json.dumps(value)}"
+            origin = (origins or {}).get(f"{group.name}.{name}")
+            lines.append(f"{line}  # {origin}" if origin else line)
+        lines.append("")
+    return "\n".join(lines)

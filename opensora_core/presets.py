@@ -1,0 +1,240 @@
+"""Named settings. A preset states only its difference from its parent; where each setting came from is kept.
+
+Sizes, scales and rates of the published models: FACTS 9.3 (the configs of Open-Sora 1.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora_core.config import Config, iterate, read_settings, with_settings
+from opensora_core.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset changes in its parent, and what it is for in a line."""
+
+    about: str
+    changes: Mapping[str, Any]
+    parent: str = ""
+
+
+_TEXT_TO_VIDEO: dict[str, Any] = {"video.source_fps": 24.0, "video.frame_interval": 3}
+_POOLED: dict[str, Any] = {
+    "model.condition": "pooled",
+    "model.caption_channels": 512,
+    "model.caption_length": 1,
+    "text.kind": "clip",
+    "text.weights": "clip-vit-b-32",
+    "text.cleaning": "plain",
+    "sampling.sampler": "dpm-solver",
+    "sampling.steps": 20,
+    "sampling.guidance": 4.0,
+    "sampling.batch_size": 2,
+}
+_CLASSES: dict[str, Any] = {"model.condition": "class", "text.kind": "class", "text.weights": ""}
+_IMAGE: dict[str, Any] = {
+    "video.num_frames": 1,
+    "video.frame_interval": 1,
+    "video.source_fps": 1.0,
+    "model.temporal_positions": False,
+}
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        "the model that ships: 16x64x64, an invented world of coloured shapes",
+        {
+            "video.height": 64,
+            "video.width": 64,
+            "model.weights": "bundled",
+            "model.patch_size": (2, 2, 2),
+            "model.hidden_size": 192,
+            "model.depth": 6,
+            "model.num_heads": 6,
+            "model.learn_sigma": False,
+            "model.caption_channels": 128,
+            "model.caption_length": 48,
+            "vae.kind": "patch",
+            "vae.weights": "bundled",
+            "vae.micro_batch": 256,
+            "text.weights": "bundled",
+            "text.cleaning": "plain",
+            "diffusion.objective": "rectified-flow",
+            "sampling.sampler": "euler",
+            "sampling.steps": 20,
+            "sampling.guidance": 4.0,
+            "sampling.batch_size": 4,
+            "train.optimizer": "muon",
+            "train.lr": 1e-3,
+            "train.batch_size": 64,
+            "train.steps": 2000,
+            "train.warmup_steps": 50,
+            "train.decay_fraction": 0.33,
+            "train.ema_decay": 0.999,
+            "train.ema_warmup": True,
+        },
+    ),
+    "16x256x256": Preset(
+        "Open-Sora 1.0, stage 2: 16 frames of 256x256",
+        {
+            **_TEXT_TO_VIDEO,
+            "model.weights": "opensora-v1-hq-16x256x256",
+            "model.space_scale": 0.5,
+            "sampling.batch_size": 2,
+        },
+    ),
+    "16x512x512": Preset(
+        "Open-Sora 1.0, stage 3: 16 frames of 512x512",
+        {
+            "video.height": 512,
+            "video.width": 512,
+            "model.weights": "opensora-v1-hq-16x512x512",
+            "model.space_scale": 1.0,
+        },
+        parent="16x256x256",
+    ),
+    "64x512x512": Preset(
+        "Open-Sora 1.0, stage 3, 64 frames; its weights were never published, the 16-frame ones are used",
+        {
+            "video.num_frames": 64,
+            "video.frame_interval": 2,
+            "model.time_scale": 2 / 3,
+            "sampling.batch_size": 1,
+            "train.batch_size": 4,
+        },
+        parent="16x512x512",
+    ),
+    "dit-16x256x256": Preset(
+        "DiT-XL/2 with full space-time attention and CLIP captions",
+        {**_TEXT_TO_VIDEO, **_POOLED, "model.family": "dit"},
+    ),
+    "dit-16x256x256-2x2": Preset(
+        "DiT-XL/2x2: patches two frames deep", {"model.patch_size": (2, 2, 2)}, parent="dit-16x256x256"
+    ),
+    "dit-1x256x256": Preset("DiT-XL/2 images with CLIP captions", _IMAGE, parent="dit-16x256x256"),
+    "dit-1x256x256-class": Preset(
+        "the published DiT-XL/2: ImageNet classes at 256x256",
+        {**_CLASSES, "model.weights": "dit-xl-2-256", "model.num_classes": 1000},
+        parent="dit-1x256x256",
+    ),
+    "dit-1x512x512-class": Preset(
+        "the published DiT-XL/2: ImageNet classes at 512x512",
+        {"video.height": 512, "video.width": 512, "model.weights": "dit-xl-2-512"},
+        parent="dit-1x256x256-class",
+    ),
+    "latte-16x256x256": Preset(
+        "Latte-XL/2 with CLIP captions", {"model.family": "latte"}, parent="dit-16x256x256"
+    ),
+    "latte-16x256x256-2x2": Preset(
+        "Latte-XL/2x2: patches two frames deep", {"model.patch_size": (2, 2, 2)}, parent="latte-16x256x256"
+    ),
+    "latte-16x256x256-class": Preset(
+        "the published Latte-XL/2: UCF101 classes",
+        {**_CLASSES, "model.weights": "latte-xl-2-ucf101", "model.num_classes": 101},
+        parent="latte-16x256x256",
+    ),
+    "pixart-1x512x512": Preset(
+        "PixArt-alpha images of 512x512",
+        {
+            **_IMAGE,
+            "video.height": 512,
+            "video.width": 512,
+            "model.family": "pixart",
+            "model.weights": "pixart-512",
+            "sampling.sampler": "dpm-solver",
+            "sampling.steps": 20,
+            "sampling.batch_size": 2,
+        },
+    ),
+    "pixart-1x256x256": Preset(
+        "PixArt-alpha images of 256x256",
+        # the published 256 model was trained on its own grid, so positions are not scaled
+        {"video.height": 256, "video.width": 256, "model.weights": "pixart-256"},
+        parent="pixart-1x512x512",
+    ),
+    "pixart-1x1024-ms": Preset(
+        "PixArt-alpha images of about a megapixel, any aspect ratio",
+        {
+            "video.height": 1024,
+            "video.width": 1024,
+            "model.family": "pixart-ms",
+            "model.weights": "pixart-1024-ms",
+            "model.space_scale": 2.0,
+            "model.base_size": 64,
+        },
+        parent="pixart-1x512x512",
+    ),
+    "pixart-16x256x256": Preset(
+        "PixArt with full space-time attention, started from its image weights",
+        {
+            **_TEXT_TO_VIDEO,
+            "video.num_frames": 16,
+            "video.height": 256,
+            "video.width": 256,
+            "model.temporal_positions": True,
+            "model.space_scale": 0.5,
+        },
+        parent="pixart-1x512x512",
+    ),
+}
+
+
+def lineage(name: str) -> list[str]:
+    """The preset's ancestors, oldest first, and itself.
+
+    Raises:
+        UsageError: an unknown name; the nearest ones are offered.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset '{name}'", nearest(name, PRESETS))
+    chain = [name]
+    while parent := PRESETS[chain[0]].parent:
+        chain.insert(0, parent)
+    return chain
+
+
+def preset(name: str) -> Config:
+    """The resolved settings of a preset."""
+    return resolve(name)[0]
+
+
+def resolve(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """Resolve the settings of a command; later sources win.
+
+    Args:
+        preset: a name of `PRESETS`; None starts from the defaults of `Config`.
+        config_file: TOML or JSON, `--config`.
+        settings: dotted path -> word, `--set`.
+        flags: dotted path -> value of the command's own flags; None means "not given".
+        saved: settings saved with a checkpoint; they stand where a preset would and are refined by one.
+
+    Returns:
+        The settings, and for each dotted path the source that had the last word.
+    """
+    sources: list[tuple[str, Mapping[str, Any]]] = []
+    if saved:
+        sources.append(("saved with the model", saved))
+    if preset is not None:
+        sources += [(f"preset {name}", PRESETS[name].changes) for name in lineage(preset)]
+    if config_file is not None:
+        sources.append((str(config_file), read_settings(config_file)))
+    if settings:
+        sources.append(("--set", settings))
+    if flags:
+        sources.append(("flag", {path: value for path, value in flags.items() if value is not None}))
+    config = Config()
+    origins = {path: "default" for path, _ in iterate(config)}
+    for origin, changes in sources:
+        config = with_settings(config, changes)
+        origins.update(dict.fromkeys(changes, origin))
+    return config, origins
