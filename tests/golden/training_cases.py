@@ -1,0 +1,9 @@
+"""Golden cases of the training room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.golden.case import Case
+
+HANDLERS: dict[str, Callable[[Case], None]] = {}
