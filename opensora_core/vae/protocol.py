@@ -1,0 +1,52 @@
+"""What every video autoencoder offers, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class VideoVAE(Protocol):
+    """Video <-> latents. Latents are scaled for the denoiser: about zero mean and unit variance."""
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        ...
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """How many frames, rows and columns of pixels one latent position stands for."""
+        ...
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The latents (C, T', h, w) of a video of this size in pixels.
+
+        Raises:
+            InputError: the size does not divide; the nearest sizes that do are named.
+        """
+        ...
+
+    def num_frames(self, latent_frames: int) -> int:
+        """How many frames of video this many frames of latents decode to."""
+        ...
+
+    def encode(self, video: Tensor, noise: Tensor | torch.Generator | None = None) -> Tensor:
+        """Encode a video (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', h, w), float32.
+
+        Args:
+            video: floating point.
+            noise: what the posterior is sampled with, mean + std * noise: standard normal (B, C, T', h, w), or a
+                generator that it is drawn from, for the whole batch at once, so that the result does not depend on
+                the micro-batch. None gives the mean of the posterior, and so does a VAE without one.
+
+        Raises:
+            InputError: the size of the video does not divide.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, T', h, w) to a video (B, 3, T, H, W), float32, nominally in [-1, 1] but not clamped."""
+        ...
