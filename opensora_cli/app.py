@@ -1,0 +1,91 @@
+"""The Typer app, and the single place that turns an error into a message, a hint and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from opensora_cli import sample
+from opensora_cli.console import console
+from opensora_core import __version__
+from opensora_core.errors import OsoraError
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+app = typer.Typer(
+    name="osora",
+    help="From a prompt to a video, and from videos to a model.",
+    epilog="Begin with: [cyan]osora sample --prompt 'a red ball rolling to the right over green grass'[/]",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        console.text(f"osora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True, expose_value=False
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        words: what was typed after `osora`.
+
+    Returns:
+        The exit code: 0 done, 1 failure, 2 usage or malformed input, 130 SIGINT, 143 SIGTERM.
+    """
+    # read here and not by typer, because how to report a word that typer cannot parse depends on them
+    console.configure(as_json="--json" in words, debug="--debug" in words)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(args=list(words), prog_name="osora", standalone_mode=False)
+    except OsoraError as error:
+        console.fail(error.message, error.hint, error.exit_code)
+        return error.exit_code
+    except typer.TyperException as error:
+        if not error.message:  # `osora` alone: its help has been shown
+            return error.exit_code
+        verb = next((word for word in words if not word.startswith("-")), "")
+        known = {command.name for command in app.registered_commands}
+        hint = f"'osora {verb} --help' lists its flags" if verb in known else "'osora --help' lists the commands"
+        console.fail(error.format_message(), hint, error.exit_code)
+        return error.exit_code
+    except Exception as error:  # a bug of ours: say so, and never with a wall of text
+        message = f"internal error, {type(error).__name__}: {error}"
+        console.fail(message, "run it again with --debug, and report what that prints")
+        return 1
+    if code == INTERRUPTED:
+        console.fail("interrupted", exit_code=INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # an ordinary exception, so that everything on the stack cleans up as it does for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stderr.write("terminated\n")
+    raise SystemExit(TERMINATED)

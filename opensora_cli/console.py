@@ -1,0 +1,237 @@
+"""The only room that prints: events, results, notices and errors, as words on a screen or as one JSON object a line.
+
+For a reader, results go to stdout, everything about how they come about (progress, notices, errors) to stderr. With
+`--json` every event is a line on stdout and nothing else is, so that a program can follow a run as it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console as Screen
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 120  # columns of a table that no terminal limits
+
+
+def printable(value: object) -> str:
+    """Text that is safe on a terminal: escape sequences, line breaks and lone surrogates become visible."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
+
+
+def plain(value: Any) -> Any:
+    """An event, setting or result as values that JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them: `8.4 s`, `3:07`, `2:00:41`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the largest unit that leaves a whole number: `13.4 MB`."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:.0f} B" if units[0] == "B" else f"{num_bytes:.1f} {units[0]}"
+
+
+class Console:
+    """Renders whatever the core yields. Events are known by the name of their class: their modules import torch."""
+
+    def __init__(self) -> None:
+        self.configure()
+
+    def configure(self, *, as_json: bool = False, debug: bool = False) -> None:
+        """Start afresh, for a reader or for a program."""
+        self.as_json = as_json
+        self.debug = debug
+        self._out = self._screen(stderr=False)
+        self._err = self._screen(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._saved: list[Any] = []
+
+    @staticmethod
+    def _screen(*, stderr: bool) -> Screen:
+        screen = Screen(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=False)
+        if not screen.is_terminal:
+            screen.width = max(screen.width, PIPE_WIDTH)
+        return screen
+
+    # what commands say -------------------------------------------------------------------------------------------
+
+    def follow(self, events: Generator[Any]) -> None:
+        """Show each event as it happens; on the way out, whatever happens, the core cleans up before we speak."""
+        try:
+            with closing(events):
+                for event in events:
+                    self.show(event)
+        finally:
+            self._stop_progress()
+
+    def show(self, event: Any) -> None:
+        """Show one event."""
+        name = type(event).__name__
+        if self.as_json:
+            self.line(_snake(name), plain(event))
+        else:
+            RENDERERS.get(name, Console._show_any)(self, event)
+
+    def line(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write one JSON object on stdout, now."""
+        sys.stdout.write(json.dumps({"event": name, **values}, ensure_ascii=True, allow_nan=False, default=str) + "\n")
+        sys.stdout.flush()
+
+    def text(self, text: str) -> None:
+        """Write a result as it is, unwrapped and uncoloured, so that it can be redirected into a file."""
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Write a table of results; the first column is never shortened, the last gives way first."""
+        table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for index, column in enumerate(columns):
+            numeric = all(isinstance(row[index], int | float) for row in rows)
+            table.add_column(
+                column,
+                overflow="ellipsis" if 0 < index == len(columns) - 1 else "fold",
+                no_wrap=0 < index == len(columns) - 1,
+                justify="right" if numeric else "left",
+                style="cyan" if index == 0 else "",
+            )
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        self._out.print(table)
+
+    def notice(self, message: str) -> None:
+        """Say something that the reader should know, without stopping."""
+        if self.as_json:
+            self.line("notice", {"message": message})
+        else:
+            self._above("note: ", message, "yellow")
+
+    def fail(self, message: str, hint: str = "", exit_code: int = 1) -> None:
+        """Say why the command ends, and what to do next."""
+        self._stop_progress()
+        if self.as_json:
+            self.line("error", {"message": message, "hint": hint, "exit_code": exit_code})
+        else:
+            self._above("error: ", message, "bold red")
+            if hint:
+                self._above(" hint: ", hint, "green")
+        if self.debug and sys.exc_info()[0] is not None:
+            traceback.print_exc()
+
+    # how events look ---------------------------------------------------------------------------------------------
+
+    def _above(self, label: str, message: str, style: str) -> None:
+        """Print a labelled line on stderr, above the progress line if there is one."""
+        body = "\n".join(printable(line) for line in message.splitlines())
+        screen = self._progress.console if self._progress else self._err
+        screen.print(Text.assemble((label, style), body), soft_wrap=True)
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def _draw(self, label: str, completed: int | None, total: int | None, seconds_left: float | None) -> None:
+        """Move the progress line; off a terminal it would be noise, so nothing is drawn there."""
+        if not self._err.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]}", style="cyan", markup=False),
+                console=self._err,
+                transient=True,
+            )
+            self._progress.start()
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+        label = printable(label)
+        label = label if len(label) <= 48 else f"{label[:47]}…"
+        if self._task is None:
+            self._task = self._progress.add_task(label, total=total, completed=completed or 0, left=left)
+        else:
+            self._progress.update(self._task, description=label, total=total, completed=completed or 0, left=left)
+
+    def _show_notice(self, event: Any) -> None:
+        self.notice(event.message)
+
+    def _show_loading(self, event: Any) -> None:
+        self._draw(f"loading {event.part} {event.detail}".rstrip(), None, None, None)
+
+    def _show_progress(self, event: Any) -> None:
+        self._draw(event.prompt, event.step, event.total, event.seconds_left)
+
+    def _show_saved(self, event: Any) -> None:
+        self._saved.append(event)
+
+    def _show_path(self, event: Any) -> None:
+        self._saved.append(event)
+
+    def _show_done(self, event: Any) -> None:
+        self._stop_progress()
+        rows = [
+            (
+                event.path,
+                getattr(event, "seed", ""),
+                duration(event.seconds) if hasattr(event, "seconds") else "",
+                getattr(event, "prompt", _snake(type(event).__name__)),
+            )
+            for event in self._saved
+        ]
+        count = f"{len(rows)} file{'' if len(rows) == 1 else 's'} in {duration(event.seconds)}"
+        self.table(count, ("file", "seed", "time", "prompt"), rows)
+
+    def _show_any(self, event: Any) -> None:
+        words = [f"{item.name} {_word(getattr(event, item.name))}" for item in fields(event)]
+        self._above(f"{_snake(type(event).__name__)}: ", ", ".join(words), "cyan")
+
+
+RENDERERS: dict[str, Callable[[Console, Any], None]] = {
+    "Notice": Console._show_notice,
+    "Loading": Console._show_loading,
+    "Progress": Console._show_progress,
+    "Saved": Console._show_saved,
+    "Sheet": Console._show_path,
+    "Gallery": Console._show_path,
+    "Done": Console._show_done,
+}
+
+console = Console()
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _word(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, str | int | Path) else json.dumps(plain(value))

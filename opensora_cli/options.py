@@ -1,0 +1,159 @@
+"""Options that several verbs share, and the way in which they become settings.
+
+A flag whose default is None leaves the setting to the preset; `--set` reaches every setting, flag or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from opensora_cli.console import console
+from opensora_core import presets
+from opensora_core.config import Config, parse_settings, to_dict, to_toml
+from opensora_core.errors import UsageError
+
+SETTINGS = "Model and settings"
+RUNTIME = "Where it runs"
+OUTPUT = "Output"
+REPORT = "Reporting"
+
+FROM_PRESET = "preset"
+"""What help shows as the default of a flag that the preset decides."""
+
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Named settings to start from.",
+        autocompletion=lambda: [(name, item.about) for name, item in presets.PRESETS.items()],
+        show_default="tiny, or the model's",
+        rich_help_panel=SETTINGS,
+    ),
+]
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="TOML or JSON settings; --print-config writes them.", rich_help_panel=SETTINGS
+    ),
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change any setting by its dotted path, e.g. vae.tiling=true. Repeatable.",
+        rich_help_panel=SETTINGS,
+    ),
+]
+PrintConfigOpt = Annotated[
+    bool,
+    typer.Option(
+        "--print-config", help="Print every setting with where it came from, and stop.", rich_help_panel=REPORT
+    ),
+]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps",
+        help="Where to compute; auto takes the first accelerator.",
+        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+        show_default="auto",
+        rich_help_panel=RUNTIME,
+    ),
+]
+DTypeOpt = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"] | None,
+    typer.Option(
+        "--dtype",
+        help="Precision of the arithmetic; auto suits the device.",
+        show_default="auto",
+        rich_help_panel=RUNTIME,
+    ),
+]
+OfflineOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--offline",
+        help="Never reach the network; use what is on this machine.",
+        show_default=False,
+        rich_help_panel=RUNTIME,
+    ),
+]
+DryRunOpt = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check everything and say what would be done, without doing it.", rich_help_panel=REPORT
+    ),
+]
+# These two hold for the whole run, whichever verb: `app.run` reads them before anything can go wrong.
+JsonOpt = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="One JSON object a line on stdout, and nothing else there.",
+        expose_value=False,
+        rich_help_panel=REPORT,
+    ),
+]
+DebugOpt = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="Show the traceback of an error.",
+        expose_value=False,
+        rich_help_panel=REPORT,
+    ),
+]
+
+
+def model_names() -> list[tuple[str, str]]:
+    """Names that `--model` knows, each with what it is."""
+    from opensora_core import assets
+
+    return [(name, asset.about) for name, asset in assets.ASSETS.items()]
+
+
+def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Where the settings of a run start: a preset's name, or the settings saved with a model."""
+    if preset is not None or model is None:
+        return preset or "tiny", None
+    raise NotImplementedError
+
+
+def resolve(
+    preset: str | None,
+    config_file: Path | None,
+    words: list[str] | None,
+    flags: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """Resolve a verb's settings from what was typed; see `opensora_core.presets.resolve`."""
+    return presets.resolve(preset, config_file, parse_settings(words or []), flags, saved)
+
+
+def print_config(config: Config, origins: Mapping[str, str]) -> None:
+    """Print the resolved settings, each with its origin; the text is a file for `--config`."""
+    if console.as_json:
+        console.line("config", {"settings": to_dict(config), "origins": dict(origins)})
+    else:
+        console.text(to_toml(config, origins))
+
+
+def parse_size(word: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Height and width of `HxW`.
+
+    Raises:
+        UsageError: not two positive integers around an x.
+    """
+    if word is None:
+        return None, None
+    height, _, width = word.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UsageError(f"--size {word!r} is not HEIGHTxWIDTH", "write --size 256x256, height first")
+    return int(height), int(width)

@@ -1,0 +1,248 @@
+"""`osora sample`: prompts in, videos out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from opensora_cli import options
+from opensora_cli.console import console
+from opensora_cli.options import FROM_PRESET, OUTPUT, RUNTIME, SETTINGS
+from opensora_core.errors import InputError
+
+PROMPTS = "What to make"
+DRAWING = "How it is drawn"
+
+EXAMPLES = """
+[bold]Examples[/]
+
+[cyan]osora sample --prompt 'a red ball rolling to the right over green grass'[/]
+
+[cyan]osora sample --prompt 'a blue cube over snow' --num-samples 8 --sheet --output snow/[/]
+
+[cyan]osora sample --prompt-file prompts.txt --preset 16x256x256 --device cuda --compile[/]
+
+[cyan]osora sample --model opensora-v1-hq-16x512x512 --prompt 'waves at dusk' --dry-run[/]
+"""
+
+
+def sample(
+    *,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What to show; for class models a class by name or number. Repeatable.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-file",
+            metavar="FILE",
+            help="One prompt a line; blank lines and # comments are skipped, - reads stdin.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--num-samples",
+            "-n",
+            help="Videos per prompt.",
+            show_default=FROM_PRESET,
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Frames of a video; 1 makes images.", show_default=FROM_PRESET, rich_help_panel=PROMPTS),
+    ] = None,
+    size_: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HxW",
+            help="Height and width in pixels.",
+            show_default=FROM_PRESET,
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames per second of the file.", show_default=FROM_PRESET, rich_help_panel=PROMPTS),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH|hf:OWNER/REPO",
+            help="Weights: a published name, a file or folder, or a repository.",
+            autocompletion=options.model_names,
+            show_default="bundled",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    preset: options.PresetOpt = None,
+    config: options.ConfigOpt = None,
+    set_: options.SetOpt = None,
+    print_config: options.PrintConfigOpt = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Evaluations of the sampler: more is slower and finer.",
+            show_default=FROM_PRESET,
+            rich_help_panel=DRAWING,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How strictly to follow the prompt; 1 does not push.",
+            show_default=FROM_PRESET,
+            rich_help_panel=DRAWING,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The method of sampling.", show_default=FROM_PRESET, rich_help_panel=DRAWING),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Same seed, same video, in whatever batch.", show_default=FROM_PRESET, rich_help_panel=DRAWING
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Videos drawn at once: memory against time, never the result.",
+            show_default=FROM_PRESET,
+            rich_help_panel=DRAWING,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="A file or a folder.",
+            show_default="samples/",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    format_: Annotated[
+        Literal["mp4", "gif", "webp", "png"] | None,
+        typer.Option(
+            "--format",
+            help="Kind of file.",
+            show_default="by --output, else mp4; png for images",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)
+    ] = False,
+    sheet: Annotated[
+        bool,
+        typer.Option("--sheet", help="Also one PNG with frames of all samples.", rich_help_panel=OUTPUT),
+    ] = False,
+    device: options.DeviceOpt = None,
+    dtype: options.DTypeOpt = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile",
+            help="Compile the model first: worth it for many videos.",
+            show_default=False,
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
+    offload: Annotated[
+        bool | None,
+        typer.Option(
+            "--offload",
+            help="Keep on the device only the part that is computing.",
+            show_default=False,
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
+    offline: options.OfflineOpt = None,
+    dry_run: options.DryRunOpt = False,
+    json: options.JsonOpt = False,
+    debug: options.DebugOpt = False,
+) -> None:
+    """Make videos (or images) that follow prompts.
+
+    Without --model and --preset the model that ships is used. It needs no
+    network and no GPU, and knows a small world of moving, coloured shapes.
+    """
+    height, width = options.parse_size(size_)
+    flags: dict[str, Any] = {
+        "model.weights": model,
+        "video.num_frames": frames,
+        "video.height": height,
+        "video.width": width,
+        "sampling.steps": steps,
+        "sampling.guidance": guidance,
+        "sampling.sampler": sampler,
+        "sampling.seed": seed,
+        "sampling.num_samples": num_samples,
+        "sampling.batch_size": batch_size,
+        "runtime.device": device,
+        "runtime.dtype": dtype,
+        "runtime.compile": compile_,
+        "runtime.offload": offload,
+        "runtime.offline": offline,
+    }
+    base, saved = options.base(preset, model)
+    settings, origins = options.resolve(base, config, set_, flags, saved)
+    if fps is not None:
+        flags["video.source_fps"] = fps * settings.video.frame_interval
+        settings, origins = options.resolve(base, config, set_, flags, saved)
+    if print_config:
+        options.print_config(settings, origins)
+        return
+    prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
+    if not prompts:
+        raise InputError(
+            f"{prompt_file} holds no prompt" if prompt_file else "there is no prompt",
+            "say what to show: --prompt 'a red ball rolling to the right over green grass'",
+        )
+
+    from opensora_core import sampling
+
+    plan = sampling.plan(settings, prompts, output, format_, overwrite)
+    if dry_run:
+        console.show(plan)
+    else:
+        console.follow(sampling.sample(settings, plan, sheet=sheet))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a UTF-8 file, one a line; `-` is stdin. Blank lines and lines that begin with # are skipped.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")  # not splitlines: U+2028 may be part of a prompt
+    except OSError as error:
+        raise InputError(
+            f"cannot read prompts from {path}: {error.strerror}", "--prompt-file takes a text file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}",
+            f"convert it with: iconv -t utf-8 {path}",
+        ) from None
+    return [line for line in map(str.strip, lines) if line and not line.startswith("#")]
