@@ -1,0 +1,111 @@
+"""Files that are whole or absent: written under another name in the same folder, then moved into place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from opensora_core.errors import ResourceError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends, and vanishes if it fails.
+
+    Missing parent folders are made. A reader, or a process killed at any moment, sees the old file or the new one.
+
+    Raises:
+        ResourceError: no space, no permission, or any other refusal of the file system.
+    """
+    part = path.with_name(f".osora-{secrets.token_hex(6)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise refusal(path, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is whole or absent.
+
+    Raises:
+        ResourceError: the file system refuses it.
+    """
+    require_space(path, len(content))
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in a single write, so that two processes do not mix their lines.
+
+    Raises:
+        ResourceError: the file system refuses it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise refusal(path, error) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Check that a file of so many bytes fits.
+
+    Raises:
+        ResourceError: it does not; says how much is needed and how much is free.
+    """
+    if num_bytes > (free := free_bytes(path)):
+        raise ResourceError(
+            f"no space left for {path}: needed {readable(num_bytes)}, free {readable(free)}",
+            "free some space, or choose another disk",
+        )
+
+
+def refusal(path: Path, error: OSError) -> ResourceError:
+    """The error of the file system, told for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        try:
+            free = readable(free_bytes(path))
+        except OSError:
+            free = "unknown"
+        return ResourceError(f"no space left for {path}: free {free}", "free some space, or choose another disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResourceError(f"no permission to write {path}: {error.strerror}", "choose another folder")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return ResourceError(f"cannot write {path}: {error.strerror}", "a file stands where a folder is needed")
+    return ResourceError(f"cannot write {path}: {error.strerror or error}")
+
+
+def readable(num_bytes: float) -> str:
+    """A number of bytes in the unit that people say it in."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"

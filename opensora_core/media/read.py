@@ -1,0 +1,97 @@
+"""Read videos and animations back, with the settings that `write` put into them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import ExifTags, Image
+
+from opensora_core.errors import InputError
+from opensora_core.files import readable
+from opensora_core.media.pixels import Frames
+
+# a file may name other files or addresses (playlists, ffconcat): only containers that hold their own pictures are read
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames (T, H, W, 3) uint8, their rate, and the settings that the file carries."""
+
+    frames: Frames
+    fps: float
+    metadata: dict[str, str]
+
+
+def read_video(path: Path, max_bytes: int = 2**30) -> Video:
+    """Read all frames of a video, an animation or a picture.
+
+    Args:
+        path: the file.
+        max_bytes: the size that the decoded frames may have.
+
+    Raises:
+        InputError: the file is missing, is no video, is torn, or is larger than `max_bytes` once decoded.
+    """
+    if not path.is_file():  # a folder, a FIFO or a device would hang or surprise the decoder
+        raise InputError(f"no such video file: {path}")
+    try:
+        read = _read_pictures if path.suffix.lower() in (".gif", ".webp", ".png") else _read_container
+        return read(path, max_bytes)
+    except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {path} as a video: {error}") from error
+
+
+def _read_container(path: Path, max_bytes: int) -> Video:
+    # "file:" keeps a name such as "concat:a|b" a name
+    with av.open(f"file:{path}", options=_OPTIONS) as container:
+        if not container.streams.video:
+            raise InputError(f"{path} has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        size = stream.height * stream.width * 3
+        frames: list[Frames] = []
+        for frame in container.decode(stream):
+            if size * (len(frames) + 1) > max_bytes:
+                raise InputError(f"{path} is larger than {readable(max_bytes)} once decoded", "cut it into clips first")
+            frames.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
+        fps, metadata = float(stream.average_rate or 0), _parse(container.metadata.get("comment", ""))
+    if not frames:
+        raise InputError(f"{path} holds no frame that can be decoded")
+    video = np.stack(frames)
+    if "crop" in metadata:  # ours: cut the row or column off that made an odd side even
+        height, width = map(int, metadata.pop("crop").split("x"))
+        video = video[:, :height, :width]
+    return Video(video, fps, metadata)
+
+
+def _read_pictures(path: Path, max_bytes: int) -> Video:
+    with Image.open(path, formats=("GIF", "WEBP", "PNG")) as image:
+        num_frames: int = getattr(image, "n_frames", 1)
+        if num_frames * image.width * image.height * 3 > max_bytes:
+            raise InputError(f"{path} is larger than {readable(max_bytes)} once decoded")
+        frames, milliseconds = [], 0.0
+        for index in range(num_frames):
+            image.seek(index)
+            frames.append(np.asarray(image.convert("RGB")))
+            milliseconds += float(image.info.get("duration", 0))
+        if image.format == "PNG":
+            metadata = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+        elif image.format == "WEBP":
+            metadata = _parse(image.getexif().get(ExifTags.Base.ImageDescription, ""))
+        else:
+            metadata = _parse(image.info.get("comment", b"").decode(errors="replace"))
+    return Video(np.stack(frames), 1000 * num_frames / milliseconds if milliseconds else 1.0, metadata)
+
+
+def _parse(comment: str) -> dict[str, str]:
+    try:
+        settings = json.loads(comment)
+    except ValueError:
+        return {}
+    return {str(name): str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
