@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -33,14 +32,14 @@ class VideoVAE(Protocol):
         """How many frames of video this many frames of latents decode to."""
         ...
 
-    def encode(self, video: Tensor, noise: Tensor | torch.Generator | None = None) -> Tensor:
-        """Encode a video (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', h, w), float32.
+    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode a video (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', h, w).
 
         Args:
             video: floating point.
-            noise: what the posterior is sampled with, mean + std * noise: standard normal (B, C, T', h, w), or a
-                generator that it is drawn from, for the whole batch at once, so that the result does not depend on
-                the micro-batch. None gives the mean of the posterior, and so does a VAE without one.
+            noise: standard normal (B, C, T', h, w) that the posterior is sampled with, mean + std * noise. The caller
+                draws it for the whole batch, so the result does not depend on the micro-batch. None gives the mean, and
+                so does a VAE that was built with `sample_posterior` off.
 
         Raises:
             InputError: the size of the video does not divide.
@@ -48,5 +47,5 @@ class VideoVAE(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, C, T', h, w) to a video (B, 3, T, H, W), float32, nominally in [-1, 1] but not clamped."""
+        """Decode latents (B, C, T', h, w) to a video (B, 3, T, H, W), about [-1, 1], not clamped by us."""
         ...
