@@ -6,20 +6,33 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from opensora_core.diffusion.dpm_solver import dpm_solver
 from opensora_core.diffusion.guidance import GuidanceChannels, guide
+from opensora_core.diffusion.iddpm import IDDPM
+from opensora_core.diffusion.library import multistep
 from opensora_core.diffusion.objective import Objective
 from opensora_core.diffusion.rectified_flow import RectifiedFlow
-from opensora_core.diffusion.samplers import Sampler, Step, euler, heun
+from opensora_core.diffusion.samplers import Sampler, Step, ancestral, ddim, euler, heun
 from opensora_core.errors import ConfigError, nearest
 from opensora_core.tensors import Condition, Denoiser
 
-__all__ = ["OBJECTIVES", "SAMPLERS", "Objective", "RectifiedFlow", "Sampler", "Step", "sample"]
+__all__ = ["IDDPM", "OBJECTIVES", "SAMPLERS", "Objective", "RectifiedFlow", "Sampler", "Step", "sample"]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "iddpm": IDDPM,
     "rectified-flow": RectifiedFlow,
 }
 
 SAMPLERS: dict[str, Sampler] = {
+    "iddpm": Sampler("ancestral, as the published videos were made", (IDDPM,), ancestral, draws_noise=True),
+    "ddim": Sampler("the ancestral sampler without its noise", (IDDPM,), ddim),
+    "dpm-solver": Sampler("DPM-Solver++ 2M, as the published class and image samples were made", (IDDPM,), dpm_solver),
+    "dpm-solver++": Sampler(
+        "DPM-Solver++ 2M of diffusers, down to no noise",
+        (IDDPM, RectifiedFlow),
+        multistep("DPMSolverMultistepScheduler"),
+    ),
+    "unipc": Sampler("UniPC of order 2, of diffusers", (IDDPM, RectifiedFlow), multistep("UniPCMultistepScheduler")),
     "euler": Sampler("straight steps along the flow", (RectifiedFlow,), euler),
     "heun": Sampler("second-order steps along the flow, two predictions each", (RectifiedFlow,), heun),
 }
@@ -72,7 +85,7 @@ def sample(
         raise ConfigError(
             f"{steps} sampling steps are not between 1 and {objective.num_timesteps}", "set --steps, for example to 20"
         )
-    assert draw_noise is not None or not chosen.ancestral, f"the sampler '{sampler}' draws noise in every step"
+    assert draw_noise is not None or not chosen.draws_noise, f"the sampler '{sampler}' draws noise in every step"
     predict = guide(denoiser, condition, null_condition, guidance, guidance_channels)
     run = chosen.run(predict, noise.float(), objective, steps, draw_noise)
     return (Step(index, steps, timestep, latents) for index, (timestep, latents) in enumerate(run))

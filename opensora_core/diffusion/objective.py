@@ -18,7 +18,10 @@ class Objective(Protocol):
             timesteps are integers is the objective's own affair.
     """
 
-    num_timesteps: int
+    @property
+    def num_timesteps(self) -> int:
+        """See above."""
+        ...
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Draw timesteps (B,), on the generator's device, from the distribution that training uses."""
