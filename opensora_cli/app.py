@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from opensora_cli import sample
+from opensora_cli import sample, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -18,9 +17,14 @@ from opensora_core.errors import OsoraError
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
+
+class Terminated(BaseException):
+    """SIGTERM: everything on the stack cleans up, as it does for Ctrl-C."""
+
+
 app = typer.Typer(
     name="osora",
-    help="From a prompt to a video, and from videos to a model.",
+    help="From a prompt to a video, and from videos to a model that makes them.",
     epilog="Begin with: [cyan]osora sample --prompt 'a red ball rolling to the right over green grass'[/]",
     no_args_is_help=True,
     add_completion=False,
@@ -40,7 +44,12 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True, expose_value=False
+            "--version",
+            metavar="",
+            help="Print the version.",
+            callback=_print_version,
+            is_eager=True,
+            expose_value=False,
         ),
     ] = False,
 ) -> None:
@@ -48,6 +57,7 @@ def _root(
 
 
 app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+app.command("train", epilog=train.EXAMPLES)(train.train)
 
 
 def run(words: Sequence[str]) -> int:
@@ -75,6 +85,9 @@ def run(words: Sequence[str]) -> int:
         hint = f"'osora {verb} --help' lists its flags" if verb in known else "'osora --help' lists the commands"
         console.fail(error.format_message(), hint, error.exit_code)
         return error.exit_code
+    except Terminated:
+        console.fail("terminated", exit_code=TERMINATED)
+        return TERMINATED
     except Exception as error:  # a bug of ours: say so, and never with a wall of text
         message = f"internal error, {type(error).__name__}: {error}"
         console.fail(message, "run it again with --debug, and report what that prints")
@@ -85,7 +98,5 @@ def run(words: Sequence[str]) -> int:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    # an ordinary exception, so that everything on the stack cleans up as it does for Ctrl-C
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.stderr.write("terminated\n")
-    raise SystemExit(TERMINATED)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up takes a moment, and is not to be cut short
+    raise Terminated

@@ -49,15 +49,6 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def size(num_bytes: float) -> str:
-    """Bytes in the largest unit that leaves a whole number: `13.4 MB`."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes /= 1000
-        units.pop(0)
-    return f"{num_bytes:.0f} B" if units[0] == "B" else f"{num_bytes:.1f} {units[0]}"
-
-
 class Console:
     """Renders whatever the core yields. Events are known by the name of their class: their modules import torch."""
 
@@ -192,6 +183,14 @@ class Console:
     def _show_saved(self, event: Any) -> None:
         self._saved.append(event)
 
+    def _show_train_progress(self, event: Any) -> None:
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+        if self._err.is_terminal:
+            self._draw(f"{event.part}  {metrics}", event.step, event.total, event.seconds_left)
+        else:
+            speed = f"{event.clips_per_second:.1f} clips/s  {duration(event.seconds_left)} left"
+            self._above(f"{event.part} {event.step}/{event.total}  ", f"{metrics}  lr {event.lr:.2e}  {speed}", "cyan")
+
     def _show_path(self, event: Any) -> None:
         self._saved.append(event)
 
@@ -221,6 +220,7 @@ RENDERERS: dict[str, Callable[[Console, Any], None]] = {
     "Saved": Console._show_saved,
     "Sheet": Console._show_path,
     "Gallery": Console._show_path,
+    "TrainProgress": Console._show_train_progress,
     "Done": Console._show_done,
 }
 

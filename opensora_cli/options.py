@@ -13,13 +13,15 @@ import typer
 
 from opensora_cli.console import console
 from opensora_core import presets
-from opensora_core.config import Config, parse_settings, to_dict, to_toml
-from opensora_core.errors import UsageError
+from opensora_core.config import Config, iterate, parse_settings, read_settings, to_dict, to_toml
+from opensora_core.errors import UsageError, nearest
 
 SETTINGS = "Model and settings"
 RUNTIME = "Where it runs"
 OUTPUT = "Output"
 REPORT = "Reporting"
+
+DEFAULT_PRESET = "tiny"
 
 FROM_PRESET = "preset"
 """What help shows as the default of a flag that the preset decides."""
@@ -53,7 +55,10 @@ SetOpt = Annotated[
 PrintConfigOpt = Annotated[
     bool,
     typer.Option(
-        "--print-config", help="Print every setting with where it came from, and stop.", rich_help_panel=REPORT
+        "--print-config",
+        metavar="",
+        help="Print every setting with where it came from, and stop.",
+        rich_help_panel=REPORT,
     ),
 ]
 DeviceOpt = Annotated[
@@ -80,6 +85,7 @@ OfflineOpt = Annotated[
     bool | None,
     typer.Option(
         "--offline",
+        metavar="",
         help="Never reach the network; use what is on this machine.",
         show_default=False,
         rich_help_panel=RUNTIME,
@@ -88,7 +94,10 @@ OfflineOpt = Annotated[
 DryRunOpt = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check everything and say what would be done, without doing it.", rich_help_panel=REPORT
+        "--dry-run",
+        metavar="",
+        help="Check everything and say what would be done, without doing it.",
+        rich_help_panel=REPORT,
     ),
 ]
 # These two hold for the whole run, whichever verb: `app.run` reads them before anything can go wrong.
@@ -96,6 +105,7 @@ JsonOpt = Annotated[
     bool,
     typer.Option(
         "--json",
+        metavar="",
         help="One JSON object a line on stdout, and nothing else there.",
         expose_value=False,
         rich_help_panel=REPORT,
@@ -105,6 +115,7 @@ DebugOpt = Annotated[
     bool,
     typer.Option(
         "--debug",
+        metavar="",
         help="Show the traceback of an error.",
         expose_value=False,
         rich_help_panel=REPORT,
@@ -120,10 +131,33 @@ def model_names() -> list[tuple[str, str]]:
 
 
 def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Where the settings of a run start: a preset's name, or the settings saved with a model."""
+    """Where the settings of a run with a model start: a preset's name, or what was saved with the model.
+
+    Raises:
+        UsageError: a model that says nothing about its settings.
+    """
+    from opensora_core import assets
+
     if preset is not None or model is None:
-        return preset or "tiny", None
-    raise NotImplementedError
+        return preset or DEFAULT_PRESET, None
+    if model in assets.ASSETS:
+        return assets.ASSETS[model].preset, None
+    path = Path(model)
+    if saved := saved_settings(path if path.is_dir() else path.parent):
+        return None, saved
+    if path.exists() or model.startswith("hf:"):
+        raise UsageError(f"{model} does not say which settings it was trained with", "name them: --preset 16x256x256")
+    raise UsageError(f"unknown model '{model}'", nearest(model, assets.ASSETS))
+
+
+def saved_settings(folder: Path) -> Mapping[str, Any] | None:
+    """The settings saved in the folder of a run or a model; None where there are none of ours."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    settings = read_settings(path)
+    known = dict(iterate(Config()))
+    return settings if settings.keys() & known else None  # diffusers' folders hold a config.json of their own
 
 
 def resolve(

@@ -55,6 +55,7 @@ def sample(
         typer.Option(
             "--num-samples",
             "-n",
+            metavar="N",
             help="Videos per prompt.",
             show_default=FROM_PRESET,
             rich_help_panel=PROMPTS,
@@ -62,7 +63,9 @@ def sample(
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(help="Frames of a video; 1 makes images.", show_default=FROM_PRESET, rich_help_panel=PROMPTS),
+        typer.Option(
+            metavar="N", help="Frames of a video; 1 makes images.", show_default=FROM_PRESET, rich_help_panel=PROMPTS
+        ),
     ] = None,
     size_: Annotated[
         str | None,
@@ -76,7 +79,9 @@ def sample(
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames per second of the file.", show_default=FROM_PRESET, rich_help_panel=PROMPTS),
+        typer.Option(
+            metavar="X", help="Frames per second of the file.", show_default=FROM_PRESET, rich_help_panel=PROMPTS
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -93,10 +98,10 @@ def sample(
     preset: options.PresetOpt = None,
     config: options.ConfigOpt = None,
     set_: options.SetOpt = None,
-    print_config: options.PrintConfigOpt = False,
     steps: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Evaluations of the sampler: more is slower and finer.",
             show_default=FROM_PRESET,
             rich_help_panel=DRAWING,
@@ -105,6 +110,7 @@ def sample(
     guidance: Annotated[
         float | None,
         typer.Option(
+            metavar="X",
             help="How strictly to follow the prompt; 1 does not push.",
             show_default=FROM_PRESET,
             rich_help_panel=DRAWING,
@@ -117,12 +123,16 @@ def sample(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Same seed, same video, in whatever batch.", show_default=FROM_PRESET, rich_help_panel=DRAWING
+            metavar="N",
+            help="Same seed, same video, in whatever batch.",
+            show_default=FROM_PRESET,
+            rich_help_panel=DRAWING,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Videos drawn at once: memory against time, never the result.",
             show_default=FROM_PRESET,
             rich_help_panel=DRAWING,
@@ -149,11 +159,11 @@ def sample(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", metavar="", help="Replace files that are there.", rich_help_panel=OUTPUT)
     ] = False,
     sheet: Annotated[
         bool,
-        typer.Option("--sheet", help="Also one PNG with frames of all samples.", rich_help_panel=OUTPUT),
+        typer.Option("--sheet", metavar="", help="Also one PNG with frames of all samples.", rich_help_panel=OUTPUT),
     ] = False,
     device: options.DeviceOpt = None,
     dtype: options.DTypeOpt = None,
@@ -161,6 +171,7 @@ def sample(
         bool | None,
         typer.Option(
             "--compile",
+            metavar="",
             help="Compile the model first: worth it for many videos.",
             show_default=False,
             rich_help_panel=RUNTIME,
@@ -170,12 +181,14 @@ def sample(
         bool | None,
         typer.Option(
             "--offload",
+            metavar="",
             help="Keep on the device only the part that is computing.",
             show_default=False,
             rich_help_panel=RUNTIME,
         ),
     ] = None,
     offline: options.OfflineOpt = None,
+    print_config: options.PrintConfigOpt = False,
     dry_run: options.DryRunOpt = False,
     json: options.JsonOpt = False,
     debug: options.DebugOpt = False,
