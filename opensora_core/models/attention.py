@@ -6,8 +6,9 @@
     varlen     torch.nn.attention.varlen (CUDA, half)     xformers   memory-efficient attention (CUDA)
     flex       torch's flex attention; compiled on CUDA, eager and without gradients on a CPU
 
-Captions are ragged: each sample attends to its own tokens only. `flash`, `flash3`, `varlen` and `xformers` take the kept
-keys packed one after the other; the rest take a (B, 1, 1, L) mask that broadcasts. Nobody builds B x N x L.
+Captions are ragged: each sample attends to its own tokens only. `flash`, `flash3`, `varlen` and `xformers` take the
+kept keys packed one after the other; the rest take a (B, 1, 1, L) mask that broadcasts. Nobody builds B x N x L. A mask
+that keeps everything is not special: a sample's result must not depend on the captions that share its batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,18 +134,19 @@ def _flash_of(name: str, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None)
         max_seqlen_q=q.shape[1],
         max_seqlen_k=max(ragged.lengths),
     )
-    return _first(out).unflatten(0, q.shape[:2])
+    return _first(out).view(q.shape)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None) -> Tensor:
     package = _package("varlen")
     _require_cuda("varlen", q, half=True)
     if ragged is None:
-        keys, values, offsets, longest = k.flatten(0, 1), v.flatten(0, 1), _even_offsets(k), k.shape[1]
+        keys, offsets, longest = (k.flatten(0, 1), v.flatten(0, 1)), _even_offsets(k), k.shape[1]
     else:
-        keys, values, offsets, longest = ragged.pack(k), ragged.pack(v), ragged.offsets, max(ragged.lengths)
-    out = package.varlen_attn(q.flatten(0, 1), keys, values, _even_offsets(q), offsets, q.shape[1], longest)
-    return _first(out).unflatten(0, q.shape[:2])
+        assert ragged.offsets is not None
+        keys, offsets, longest = (ragged.pack(k), ragged.pack(v)), ragged.offsets, max(ragged.lengths)
+    out = package.varlen_attn(q.flatten(0, 1), *keys, _even_offsets(q), offsets, q.shape[1], longest)
+    return _first(out).view(q.shape)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None) -> Tensor:
@@ -154,7 +156,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None) -> Tensor:
         return _first(package.memory_efficient_attention(q, k, v))
     diagonal = package.fmha.attn_bias.BlockDiagonalMask.from_seqlens([q.shape[1]] * len(q), list(ragged.lengths))
     packed = (q.flatten(0, 1)[None], ragged.pack(k)[None], ragged.pack(v)[None])
-    return _first(package.memory_efficient_attention(*packed, attn_bias=diagonal)).squeeze(0).unflatten(0, q.shape[:2])
+    return _first(package.memory_efficient_attention(*packed, attn_bias=diagonal)).view(q.shape)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None) -> Tensor:
@@ -214,7 +216,8 @@ def _flex_kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # eager flex attention materialises the scores, which only a GPU has a compiler for that is worth its start
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    kernel: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return cast(Callable[..., Any], kernel)
 
 
 def _offsets(counts: Tensor) -> Tensor:

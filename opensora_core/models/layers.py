@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,9 @@ class ScalarEmbedder(nn.Module):
 
     def forward(self, scalars: Tensor) -> Tensor:
         """(N,) -> (N, D) in the dtype of the weights; the scalars themselves are never rounded to it."""
-        result: Tensor = self.mlp(self.sinusoid(scalars, self.SINUSOID).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        result: Tensor = self.mlp(self.sinusoid(scalars, self.SINUSOID).to(first.weight.dtype))
         return result
 
 
@@ -130,7 +132,17 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(caption_channels, dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, E) -> (B, L, D)."""
+        """(B, L, E) -> (B, L, D).
+
+        Raises:
+            InputError: labels, or captions of another width.
+        """
+        if tokens.dim() != 3 or tokens.shape[2] != self.y_proj.fc1.in_features:
+            raise InputError(
+                f"a condition of shape {tuple(tokens.shape)}, but the model takes captions of width "
+                f"{self.y_proj.fc1.in_features}",
+                "the text encoder and the model must belong together: `--set text.weights` and `--model`",
+            )
         result: Tensor = self.y_proj(tokens.to(self.y_proj.fc1.weight.dtype))
         return result
 
@@ -149,6 +161,10 @@ class CaptionEmbedder(nn.Module):
         null = self.y_embedding[:length].to(condition.tokens)
         return replace(condition, tokens=torch.where(dropped[:, None, None], null, condition.tokens))
 
+    def set_null(self, tokens: Tensor) -> None:
+        """Make embeddings (L, E) the null caption, for weights that were published without one."""
+        self.y_embedding = tokens.detach().to(self.y_proj.fc1.weight).clone()
+
 
 class LabelEmbedder(nn.Module):
     """A table of classes; with `null_class`, one more row stands for "no class"."""
@@ -159,7 +175,16 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + null_class, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """(B,) int -> (B, D)."""
+        """(B,) int -> (B, D).
+
+        Raises:
+            InputError: captions instead of labels.
+        """
+        if labels.dim() != 1:
+            raise InputError(
+                f"a condition of shape {tuple(labels.shape)}, but the model takes one class number per sample",
+                "`--set text.kind=class`",
+            )
         result: Tensor = self.embedding_table(labels)
         return result
 
@@ -178,11 +203,30 @@ class LabelEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence to itself."""
+    """Multi-head attention of tokens to each other.
 
-    def __init__(self, dim: int, num_heads: int, *, bias: bool = True, qk_norm: bool = False, backend: str) -> None:
+    Args:
+        dim: width D.
+        num_heads: heads A.
+        over: `space` attends within each frame, `time` along the frames at each place, `all` over both.
+        bias: whether queries, keys and values have one.
+        qk_norm: normalise queries and keys per head.
+        backend: a backend of `attend`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        over: Literal["space", "time", "all"],
+        bias: bool = True,
+        qk_norm: bool = False,
+        backend: str = "sdpa",
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.over = over
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
@@ -190,8 +234,16 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N, D) -> (..., N, D): attends along N; whatever is in front is a batch of sequences."""
-        qkv = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1))
+        """(B, T, S, D) -> (B, T, S, D)."""
+        if self.over == "time":
+            return self.along(x.transpose(1, 2)).transpose(1, 2)
+        if self.over == "all":
+            return self.along(x.flatten(1, 2)[:, None]).view(x.shape)
+        return self.along(x)
+
+    def along(self, x: Tensor) -> Tensor:
+        """Attend along the third dim of (B, X, N, D), each of the B * X sequences for itself."""
+        qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(dim=2)
         heads = attend(self.q_norm(q), self.k_norm(k), v, backend=self.backend)
         result: Tensor = self.proj(heads.flatten(2)).view(x.shape)
@@ -201,7 +253,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of a sample's tokens to its own caption."""
 
-    def __init__(self, dim: int, num_heads: int, *, backend: str) -> None:
+    def __init__(self, dim: int, num_heads: int, *, backend: str = "sdpa") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend

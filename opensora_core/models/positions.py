@@ -19,13 +19,15 @@ def sincos(dim: int, positions: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def temporal_table(dim: int, length: int, scale: float, device: torch.device) -> Tensor:
+def temporal_table(dim: int, length: int, *, scale: float, device: torch.device) -> Tensor:
     """Table (length, dim) fp32 of frame positions `index / scale`."""
     return sincos(dim, torch.arange(length, dtype=torch.float64, device=device) / scale).float()
 
 
 @lru_cache(maxsize=32)
-def spatial_table(dim: int, rows: int, columns: int, scale: float, base: int | None, device: torch.device) -> Tensor:
+def spatial_table(
+    dim: int, rows: int, columns: int, *, scale: float, base: int | None = None, device: torch.device
+) -> Tensor:
     """Table (rows * columns, dim) fp32, row-major; the first half of the channels tells the COLUMN.
 
     Args:
@@ -38,7 +40,7 @@ def spatial_table(dim: int, rows: int, columns: int, scale: float, base: int | N
     """
 
     def axis(length: int) -> Tensor:
-        # fp32 like the published code: the fp64 value of position / scale * base / length differs by an ulp
+        # fp32, as the published tables were computed
         positions = torch.arange(length, dtype=torch.float32, device=device)
         if base is not None:
             positions = positions / (length / base)
