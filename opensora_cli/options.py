@@ -14,7 +14,7 @@ import typer
 from opensora_cli.console import console
 from opensora_core import presets
 from opensora_core.config import Config, iterate, parse_settings, read_settings, to_dict, to_toml
-from opensora_core.errors import UsageError, nearest
+from opensora_core.errors import UsageError
 
 SETTINGS = "Model and settings"
 RUNTIME = "Where it runs"
@@ -22,6 +22,8 @@ OUTPUT = "Output"
 REPORT = "Reporting"
 
 DEFAULT_PRESET = "tiny"
+
+NAME_PRESET = "say which they are, for example --preset 16x256x256"
 
 FROM_PRESET = "preset"
 """What help shows as the default of a flag that the preset decides."""
@@ -127,27 +129,27 @@ def model_names() -> list[tuple[str, str]]:
     """Names that `--model` knows, each with what it is."""
     from opensora_core import assets
 
-    return [(name, asset.about) for name, asset in assets.ASSETS.items()]
+    return [(name, asset.about) for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 
 
 def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
     """Where the settings of a run with a model start: a preset's name, or what was saved with the model.
 
     Raises:
-        UsageError: a model that says nothing about its settings.
+        UsageError: an unknown model, or one that says nothing about its settings.
     """
     from opensora_core import assets
 
     if preset is not None or model is None:
         return preset or DEFAULT_PRESET, None
+    found = assets.find(model, kind="model")
     if model in assets.ASSETS:
         return assets.ASSETS[model].preset, None
-    path = Path(model)
-    if saved := saved_settings(path if path.is_dir() else path.parent):
+    if found is None:
+        raise UsageError(f"{model} is not on this machine yet, so its settings are unknown", NAME_PRESET)
+    if saved := saved_settings(found.path if found.path.is_dir() else found.path.parent):
         return None, saved
-    if path.exists() or model.startswith("hf:"):
-        raise UsageError(f"{model} does not say which settings it was trained with", "name them: --preset 16x256x256")
-    raise UsageError(f"unknown model '{model}'", nearest(model, assets.ASSETS))
+    raise UsageError(f"{model} does not say which settings it was trained with", NAME_PRESET)
 
 
 def saved_settings(folder: Path) -> Mapping[str, Any] | None:

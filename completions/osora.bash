@@ -1,0 +1,47 @@
+# Completion of osora, written by `make completions` from the commands: do not edit.
+_osora() {
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} verb="" words="" word
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        [[ $word == -* ]] || { verb=$word; break; }
+    done
+    COMPREPLY=()
+    case "$verb $previous" in
+        "sample --prompt"|"sample -p") compopt +o default; return ;;
+        "sample --prompt-file") return ;;
+        "sample --num-samples"|"sample -n") compopt +o default; return ;;
+        "sample --frames") compopt +o default; return ;;
+        "sample --size") compopt +o default; return ;;
+        "sample --fps") compopt +o default; return ;;
+        "sample --model"|"sample -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
+        "sample --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "sample --config") return ;;
+        "sample --set") compopt +o default; return ;;
+        "sample --steps") compopt +o default; return ;;
+        "sample --guidance") compopt +o default; return ;;
+        "sample --sampler") compopt +o default; return ;;
+        "sample --seed") compopt +o default; return ;;
+        "sample --batch-size") compopt +o default; return ;;
+        "sample --output"|"sample -o") return ;;
+        "sample --format") COMPREPLY=($(compgen -W 'mp4 gif webp png' -- "$current")); compopt +o default; return ;;
+        "sample --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+        "sample --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
+        "train --output"|"train -o") return ;;
+        "train --export") return ;;
+        "train --data") COMPREPLY=($(compgen -W 'world' -- "$current")); compopt +o default; return ;;
+        "train --steps") compopt +o default; return ;;
+        "train --batch-size") compopt +o default; return ;;
+        "train --lr") compopt +o default; return ;;
+        "train --seed") compopt +o default; return ;;
+        "train --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "train --config") return ;;
+        "train --set") compopt +o default; return ;;
+        "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+    esac
+    case "$verb" in
+        '') words='sample train --version --help' ;;
+        'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
+        'train') words='--output --export --data --resume --steps --batch-size --lr --seed --preset --config --set --device --print-config --json --debug --help' ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -o default -F _osora osora
