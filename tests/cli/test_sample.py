@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -278,3 +279,17 @@ def test_an_interrupted_run_cleans_up_before_it_says_so(core: Recorder, capsys: 
     assert run(["sample", "--prompt", "a red ball"]) == 130
     assert core.closed
     assert capsys.readouterr().err.endswith("error: interrupted\n")
+
+
+def test_a_terminal_gets_a_progress_line(
+    core: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert run(["sample", "--prompt", "a red ball"]) == 0
+    shown = capsys.readouterr()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.err)
+    assert "a red ball" in drawn
+    assert "2/2" in drawn
+    assert "0.5 s left" in drawn
+    assert "left" not in shown.out

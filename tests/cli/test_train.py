@@ -1,0 +1,123 @@
+"""`osora train`: from words to settings, and its events on a screen. The core is replaced by a recorder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import opensora_core
+from opensora_cli.app import run
+from opensora_core.config import Config, to_dict, with_settings
+from opensora_core.errors import Stopped
+from opensora_core.presets import preset
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    part: str
+    step: int
+    total: int
+    metrics: dict[str, float]
+    lr: float
+    clips_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    part: str
+    step: int
+    path: Path
+
+
+@dataclass
+class Recorder:
+    """Stands for `opensora_core.training`."""
+
+    config: Config = field(default_factory=Config)
+    options: dict[str, Any] = field(default_factory=dict)
+    exported: list[tuple[Path, Path]] = field(default_factory=list)
+    stopped: bool = False
+
+    def train(self, config: Config, *, output: Path, data: str, resume: bool) -> Iterator[Any]:
+        self.config, self.options = config, {"output": output, "data": data, "resume": resume}
+        yield TrainProgress("model", 10, 200, {"loss": 0.51234}, 1e-3, 12.34, 83.0)
+        yield CheckpointSaved("model", 10, output / "checkpoints")
+        if self.stopped:
+            raise Stopped("stopped after step 10", "repeat it with --resume", 15)
+
+    def export(self, run: Path, folder: Path) -> None:
+        self.exported.append((run, folder))
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "opensora_core.training", recorder)  # type: ignore[arg-type]
+    monkeypatch.setattr(opensora_core, "training", recorder, raising=False)
+    return recorder
+
+
+def test_the_tiny_preset_is_the_default(core: Recorder) -> None:
+    assert run(["train"]) == 0
+    assert core.config == preset("tiny")
+    assert core.options == {"output": Path("runs/tiny"), "data": "world", "resume": False}
+    assert core.exported == []
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["--steps", "7"], {"train.steps": 7}),
+        (["--batch-size", "3"], {"train.batch_size": 3}),
+        (["--lr", "1e-4"], {"train.lr": 1e-4}),
+        (["--seed", "5"], {"train.seed": 5}),
+        (["--device", "cpu"], {"runtime.device": "cpu"}),
+        (["--set", "train.muon_lr=0.01"], {"train.muon_lr": 0.01}),
+    ],
+)
+def test_each_flag_changes_its_setting(words: list[str], changes: dict[str, Any], core: Recorder) -> None:
+    assert run(["train", *words]) == 0
+    assert core.config == with_settings(preset("tiny"), changes)
+
+
+def test_a_resumed_run_keeps_its_settings(core: Recorder, tmp_path: Path) -> None:
+    started = with_settings(preset("tiny"), {"train.steps": 123, "model.depth": 2})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(started)))
+    assert run(["train", "--output", str(tmp_path), "--resume", "--device", "cpu"]) == 0
+    assert core.config == with_settings(started, {"runtime.device": "cpu"})
+    assert core.options["resume"] is True
+
+
+def test_a_finished_run_is_exported(core: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--output", "r", "--export", str(tmp_path / "m")]) == 0
+    assert core.exported == [(Path("r"), tmp_path / "m")]
+    assert f"osora sample --model {tmp_path / 'm'}" in capsys.readouterr().err
+
+
+def test_a_reader_sees_a_line_per_report(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train"]) == 0
+    shown = capsys.readouterr()
+    assert "model 10/200  loss 0.5123  lr 1.00e-03  12.3 clips/s  1:23 left" in shown.err
+    assert "runs/tiny/checkpoints" in shown.err
+    assert shown.out == ""
+
+
+def test_a_program_reads_one_event_a_line(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["train_progress", "checkpoint_saved", "notice"]
+    assert events[0]["metrics"] == {"loss": 0.51234}
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    core.stopped = True
+    assert run(["train", "--export", "nowhere"]) == 143
+    assert capsys.readouterr().err.endswith("error: stopped after step 10\n hint: repeat it with --resume\n")
+    assert core.exported == []
