@@ -7,13 +7,27 @@ from typing import Any
 
 from opensora_core.errors import ConfigError, nearest
 from opensora_core.models.attention import attend
+from opensora_core.models.convert import Converted, convert, guess_family, infer_settings, init_from_image, load
 from opensora_core.models.dit import DiT
 from opensora_core.models.latte import Latte, Latte1
 from opensora_core.models.layers import LatentTransformer
 from opensora_core.models.pixart import PixArt, PixArtMS
 from opensora_core.models.stdit import STDiT, STDiTParallel, freeze
 
-__all__ = ["MODELS", "LatentTransformer", "attend", "build", "freeze", "settings_of"]
+__all__ = [
+    "MODELS",
+    "Converted",
+    "LatentTransformer",
+    "attend",
+    "build",
+    "convert",
+    "freeze",
+    "guess_family",
+    "infer_settings",
+    "init_from_image",
+    "load",
+    "settings_of",
+]
 
 MODELS: dict[str, type[LatentTransformer]] = {
     "stdit": STDiT,

@@ -355,6 +355,16 @@ class LatentTransformer(nn.Module):
             condition, torch.ones(len(condition), dtype=torch.bool, device=condition.tokens.device)
         )
 
+    def set_null_caption(self, tokens: Tensor) -> None:
+        """Make (L, E) embeddings, such as those of the empty caption, the null caption.
+
+        Raises:
+            ConfigError: a model of classes.
+        """
+        if not isinstance(self.y_embedder, CaptionEmbedder):
+            raise ConfigError("a model of classes has no null caption", "`--set model.condition=pooled`")
+        self.y_embedder.set_null(tokens)
+
     def ragged(self, condition: Condition, batch: int) -> Ragged | None:
         """Prepare the caption mask; one of b samples is tiled over a batch of a multiple of b, as published."""
         if condition.mask is None:

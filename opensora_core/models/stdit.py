@@ -39,8 +39,7 @@ class STDiTBlock(CaptionedBlock):
     def attend(self, x: Tensor, modulated: Tensor, gate: Tensor, frames: Tensor | None) -> Tensor:
         """Add spatial, then temporal attention to x (B, T, S, D), under the same gate."""
         x = x + gate * self.attn(modulated)
-        result: Tensor = x + gate * self.over_time(x, frames)
-        return result
+        return x + gate * self.over_time(x, frames)
 
     def over_time(self, x: Tensor, frames: Tensor | None) -> Tensor:
         """Temporal attention of x (B, T, S, D); positions are added to what it reads, never to the stream."""
@@ -55,7 +54,8 @@ class STDiTParallelBlock(STDiTBlock):
 
     def attend(self, x: Tensor, modulated: Tensor, gate: Tensor, frames: Tensor | None) -> Tensor:
         """Add the gated sum of both attentions to x (B, T, S, D)."""
-        return x + gate * (self.attn(modulated) + self.over_time(modulated, frames))
+        result: Tensor = x + gate * (self.attn(modulated) + self.over_time(modulated, frames))
+        return result
 
 
 class STDiT(CaptionedTransformer):
