@@ -23,6 +23,7 @@ from opensora_core.models.layers import (
     ScalarEmbedder,
     SelfAttention,
     TableFinalLayer,
+    layer_norm,
     modulate,
 )
 from opensora_core.models.pixart import embed_scalars
@@ -253,7 +254,7 @@ def layers(case: Case) -> None:
     case.close(embedded.repeat(len(io["size_embedder.out_bs4"]) // len(embedded), 1), "size_embedder.out_bs4")
 
     shift, scale = io["modulate.shift"], io["modulate.scale"]
-    case.close(modulate(io["attention.x"][:, None], shift, scale)[:, 0], "modulate.out")
+    case.close(modulate(layer_norm(width)(io["attention.x"])[:, None], shift, scale)[:, 0], "modulate.out")
 
     final: nn.Module
     for name, final in (
