@@ -7,11 +7,11 @@ For a reader, results go to stdout, everything about how they come about (progre
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ def plain(value: Any) -> Any:
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if isinstance(value, bool | int | float | str) or value is None else str(value)
 
 
@@ -74,13 +76,14 @@ class Console:
 
     # what commands say -------------------------------------------------------------------------------------------
 
-    def follow(self, events: Generator[Any]) -> None:
+    def follow(self, events: Iterator[Any]) -> None:
         """Show each event as it happens; on the way out, whatever happens, the core cleans up before we speak."""
         try:
-            with closing(events):
-                for event in events:
-                    self.show(event)
+            for event in events:
+                self.show(event)
         finally:
+            if isinstance(events, Generator):
+                events.close()
             self._stop_progress()
 
     def show(self, event: Any) -> None:
@@ -93,7 +96,7 @@ class Console:
 
     def line(self, name: str, values: Mapping[str, Any]) -> None:
         """Write one JSON object on stdout, now."""
-        sys.stdout.write(json.dumps({"event": name, **values}, ensure_ascii=True, allow_nan=False, default=str) + "\n")
+        sys.stdout.write(json.dumps({"event": name, **values}, allow_nan=False) + "\n")
         sys.stdout.flush()
 
     def text(self, text: str) -> None:
