@@ -7,7 +7,15 @@ from typing import Any
 
 from opensora_core.errors import ConfigError, nearest
 from opensora_core.models.attention import attend
-from opensora_core.models.convert import Converted, convert, guess_family, infer_settings, init_from_image, load
+from opensora_core.models.convert import (
+    Converted,
+    convert,
+    diffusers_settings,
+    guess_family,
+    infer_settings,
+    init_from_image,
+    load,
+)
 from opensora_core.models.dit import DiT
 from opensora_core.models.latte import Latte, Latte1
 from opensora_core.models.layers import LatentTransformer
@@ -21,6 +29,7 @@ __all__ = [
     "attend",
     "build",
     "convert",
+    "diffusers_settings",
     "freeze",
     "guess_family",
     "infer_settings",

@@ -136,6 +136,26 @@ def infer_settings(state: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read off the `config.json` beside diffusers' weights the settings that the weights do not tell.
+
+    Raises:
+        CheckpointError: the configuration of something else.
+    """
+    name = config.get("_class_name")
+    known = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "LatteTransformer3DModel")
+    if name not in known:
+        raise CheckpointError(f"a diffusers model of class '{name}' does not load", f"these do: {', '.join(known)}")
+    settings: dict[str, Any] = {"num_heads": config["num_attention_heads"]}
+    if name != "LatteTransformer3DModel":
+        settings["temporal_positions"] = False
+    if name != "DiTTransformer2DModel":
+        # diffusers stretches every size to the grid that the model was trained on
+        settings["base_size"] = config["sample_size"] // config["patch_size"]
+        settings["space_scale"] = float(config.get("interpolation_scale") or max(config["sample_size"] // 64, 1))
+    return settings
+
+
 def load(model: nn.Module, state: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> list[str]:
     """Load weights under our keys, strictly. A model on the meta device takes over the tensors themselves.
 
@@ -321,6 +341,8 @@ def _difference(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     except CheckpointError as error:
         return error.message
     differing = {name: value for name, value in file.items() if model.get(name) != value}
+    if not differing:
+        return "the file is of this size and family, so it is not whole: save or download it again"
     return "the file says: " + " ".join(f"--set model.{name}={_word(value)}" for name, value in differing.items())
 
 
