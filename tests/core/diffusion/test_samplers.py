@@ -115,6 +115,17 @@ def test_more_steps_come_closer(sampler: str, objective: Objective) -> None:
     assert fine < 0.04
 
 
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "unipc", "heun"])
+@pytest.mark.parametrize("objective", [setting for settings in OBJECTIVE_SETTINGS.values() for setting in settings])
+def test_second_order_solvers_are_right_to_the_third_digit(sampler: str, objective: Objective) -> None:
+    """Tight enough to notice a denoiser that is told timesteps a few percent off."""
+    if not isinstance(objective, SAMPLERS[sampler].fits):
+        pytest.skip("does not fit")
+    start, latents = draw(sampler, objective, steps=64)
+    error = latents - MEANS.tokens.view(3, 1, 1, 1, 1) - DEVIATION * start
+    assert error.square().mean().sqrt() < 0.004
+
+
 @pytest.mark.parametrize(("sampler", "objective"), everything_that_fits())
 def test_a_sample_does_not_depend_on_its_batch(sampler: str, objective: Objective) -> None:
     _, together = draw(sampler, objective, steps=7)

@@ -57,3 +57,10 @@ def test_unknown_and_impossible_schedules_are_refused() -> None:
     assert "linear" in caught.value.hint
     with pytest.raises(ConfigError, match="10 diffusion steps"):
         named_betas("linear", 10)
+
+
+def test_the_fixed_large_variance_is_beta_but_for_the_last_step_back() -> None:
+    """At timestep 0 the posterior has no variance and beta would blur, so its neighbour's stands in (as in DDPM)."""
+    tables = IDDPM().tables
+    assert torch.equal(tables.large_variance[1:], tables.betas[1:])
+    assert tables.large_variance[0] == tables.posterior_variance[1]
