@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from einops import rearrange
 
+from opensora_core.text.cleaning import clean_as_published, clean_once_as_published
+from opensora_core.text.clip import ClipEncoder
+from opensora_core.text.t5 import T5Encoder
 from opensora_core.vae.kl import FrameVAE
 from tests.golden.case import Case
 
@@ -33,6 +37,45 @@ def video_autoencoder(case: Case) -> None:
             assert list(vae.latent_shape(frames, height, width)[1:]) == size
 
 
+def t5(case: Case) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    model = T5EncoderModel(T5Config(**case.config["config"])).eval()
+    missing, unexpected = model.load_state_dict(case.weights, strict=False)
+    assert not unexpected and all("embed_tokens" in name for name in missing)  # the tied copy may be left out
+    mask = case.io["attention_mask"]
+    encoder = T5Encoder(model, tokenizer=None, max_length=mask.shape[1], clean=str)
+    condition = encoder.encode_ids(case.io["input_ids"], mask)
+    case.close(condition.tokens, "last_hidden_state")
+    assert condition.mask is not None and torch.equal(condition.mask, mask.bool())
+
+
+def clip(case: Case) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(**case.config["config"])).eval()
+    names = model.state_dict().keys()
+    # transformers 5 dropped the `text_model.` level of the names; cases may have been recorded with either
+    prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
+    model.load_state_dict({prefix + name.removeprefix("text_model."): value for name, value in case.weights.items()})
+    ids = case.io["input_ids"]
+    encoder = ClipEncoder(model, tokenizer=None, max_length=ids.shape[1], clean=str)
+    condition = encoder.encode_ids(ids)
+    case.close(condition.tokens[:, 0], "pooler_output")
+    assert condition.mask is None
+    case.close(model(ids).last_hidden_state, "last_hidden_state")
+
+
+def text_cleaning(case: Case) -> None:
+    for pair in case.config["pairs"]:
+        assert clean_as_published(pair["input"]) == pair["cleaned"], pair["input"]
+        if "cleaned_once" in pair:
+            assert clean_once_as_published(pair["input"]) == pair["cleaned_once"], pair["input"]
+
+
 HANDLERS: dict[str, Callable[[Case], None]] = {
     "models.vae.VideoAutoencoderKL": video_autoencoder,
+    "transformers.T5EncoderModel as used by T5Embedder": t5,
+    "transformers.CLIPTextModel as used by ClipEncoder": clip,
+    "T5Embedder.text_preprocessing": text_cleaning,
 }
