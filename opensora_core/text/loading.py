@@ -12,6 +12,8 @@ import torch
 
 from opensora_core.errors import CheckpointError, WeightsError
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
+
 
 def load_text_model(
     path: Path, class_name: str, *, model_types: tuple[str, ...], dtype: torch.dtype, device: torch.device | str
@@ -65,6 +67,8 @@ def load_tokenizer(path: Path) -> Any:
         CheckpointError: there is none, it is torn, or it does not mark the end of a text.
     """
     folder = _part(path, "tokenizer")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make up an empty one
+        raise CheckpointError(f"no tokenizer in {folder}", f"put {' or '.join(TOKENIZER_FILES)} there")
 
     import transformers
 
@@ -80,7 +84,7 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:
         raise CheckpointError(
             f"no tokenizer could be read from {folder}: {_first_line(error)}",
-            "put tokenizer.json, or spiece.model and tokenizer_config.json, beside the weights",
+            f"delete {folder} and fetch it again",
         ) from error
     if not empty or tokenizer.pad_token_id is None:
         lacks = "no padding token" if empty else "no token for the end of a text, so an empty caption would be nothing"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_a_pickle_of_tensors_is_read_and_any_other_is_not_run(copy: Path, tmp_pa
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "harmed",)  # type: ignore[return-value]
 
-    (copy / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"encoder": Malicious()}))
+    torch.save(weights | {"stranger": Malicious()}, copy / "diffusion_pytorch_model.bin")
     with pytest.raises(CheckpointError):
         load_vae("kl", copy)
     assert not (tmp_path / "harmed").exists()
