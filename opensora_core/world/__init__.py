@@ -7,11 +7,13 @@ from opensora_core.world.grammar import (
     canonical_caption,
     caption,
     draw_scene,
+    is_held_out,
     parse,
     vocabulary,
 )
 from opensora_core.world.palette import FPS, NUM_FRAMES, SIZE
 from opensora_core.world.renderer import render, render_batch
+from opensora_core.world.verifier import track, verify
 
 __all__ = [
     "ATTRIBUTES",
@@ -23,8 +25,11 @@ __all__ = [
     "canonical_caption",
     "caption",
     "draw_scene",
+    "is_held_out",
     "parse",
     "render",
     "render_batch",
+    "track",
+    "verify",
     "vocabulary",
 ]

@@ -213,14 +213,14 @@ def draw_scene(rng: Generator, split: Split = "train") -> Scene:
     Args:
         rng: every draw comes from it.
         split: `train` is what training sees: no held-out pair, clear weather half of the time. `seen` has the same
-            pairs with every weather alike, for measuring; `held-out` is alike and has at least one held-out pair.
+            pairs with every weather equally often, for measuring; `held-out` is like it, but has at
+            least one held-out pair.
     """
-    weather_shares = (0.5, 0.25, 0.25) if split == "train" else None
+    choices = dict(ATTRIBUTES)
+    if split == "train":
+        choices["weather"] = ("clear", *ATTRIBUTES["weather"])  # twice in the urn
     while True:
-        values = {
-            name: choices[int(rng.choice(len(choices), p=weather_shares if name == "weather" else None))]
-            for name, choices in ATTRIBUTES.items()
-        }
+        values = {name: options[int(rng.integers(len(options)))] for name, options in choices.items()}
         if is_held_out(values) == (split == "held-out"):
             return Scene(**values)  # type: ignore[arg-type]
 

@@ -32,8 +32,8 @@ from opensora_core.world.palette import (
 
 Mask = NDArray[np.bool_]
 
-_MIN_PIXELS = 40
-"""Fewer pixels than this in a frame are no object: the smallest one, a small pyramid, covers about a hundred."""
+_MIN_DENSITY = 30
+"""Fewer pixels of one colour than this in the best 9x9 of a frame are no object; noise does not get there."""
 
 
 def verify(video: NDArray[np.uint8]) -> dict[str, str]:
@@ -117,12 +117,18 @@ def _find_object(frames: Floats, sky: str) -> _Sighting | None:
     votes = [_box_sum(likely & (nearest == index)).max(axis=(1, 2)).sum() for index in range(len(OBJECT))]
     winner = int(np.argmax(votes))
     masks = from_paints[winner] < np.minimum(from_background, _TOO_FAR)
-    masks = _filled(_largest(masks, _box_sum(likely & (nearest == winner))))
-    seen = masks.sum(axis=(1, 2)) >= _MIN_PIXELS
+    density = _box_sum(likely & (nearest == winner))
+    core = _largest(masks, density)
+    # lossy codecs smear the colour over the edges, but keep the edges: the rim is where the background ends
+    masks = _filled(_grown(_grown(core)) & (from_background > _STANDS_OUT))
+    seen = density.max(axis=(1, 2)) >= _MIN_DENSITY
     if seen.mean() <= 0.5:
         return None
     return _Sighting(list(OBJECT)[winner], masks, seen)
 
+
+_STANDS_OUT = 36.0
+"""A pixel closer to its background than this, in 0..255 RGB, is background."""
 
 _DARKEST, _LIGHTEST = 0.5, 1.15
 """The range of shades on an object, rim included, in shares of its colour."""
@@ -139,8 +145,10 @@ def _distance(image: Floats, start: Floats, end: Floats) -> Floats:
     line = end - start
     length = np.maximum((line * line).sum(axis=-1), 1)
     offset = image - start
-    share = np.clip((offset * line).sum(axis=-1) / length, 0, 1)
-    return np.asarray(np.sqrt(((offset - share[..., None] * line) ** 2).sum(axis=-1)), dtype=np.float32)
+    along = np.einsum("...c,...c->...", offset, line)
+    share = np.clip(along / length, 0, 1)
+    squared = np.einsum("...c,...c->...", offset, offset) - share * (2 * along - share * length)
+    return np.asarray(np.sqrt(np.maximum(squared, 0)), dtype=np.float32)
 
 
 def _box_sum(masks: Mask, reach: int = 4) -> NDArray[np.int64]:
@@ -289,13 +297,18 @@ def _weather(frames: Floats, masks: Mask | None) -> str:
 
 
 def _fall(bright: Floats) -> int:
-    """By how many rows per frame the bright things come down: the shift at which a frame matches the next best."""
+    """By how many rows per frame the bright things come down: the shift at which a frame matches the next best.
+
+    Zero when nothing matches: what flickers without falling is no weather.
+    """
     height, width = bright.shape[1:]
     matches = []
-    for down in range(0, 12):
+    for down in range(12):
         for aside in range(-3, 4):
             now = bright[:-1, : height - down, max(0, -aside) : width - max(0, aside)]
             then = bright[1:, down:, max(0, aside) : width + min(0, aside)]
-            norm = np.sqrt((now**2).sum() * (then**2).sum())
-            matches.append((float((now * then).sum() / norm) if norm else 0.0, down))
-    return max(matches)[1]
+            now, then = now - now.mean(), then - then.mean()
+            norm = float(np.linalg.norm(now) * np.linalg.norm(then))
+            matches.append((float(np.vdot(now, then)) / norm if norm else 0.0, down))
+    match, speed = max(matches)
+    return speed if match > 0.25 else 0
