@@ -85,7 +85,7 @@ class PixArt(CaptionedTransformer):
     def positions(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, None]:
         """Places and frames both go into the stream."""
         frames, rows, columns = grid
-        base = self.base_size or math.isqrt(rows * columns)
+        base = self.base_size or int(math.sqrt(rows * columns))  # a compiler follows sqrt, not isqrt
         table = spatial_table(self.hidden_size, rows, columns, scale=self.space_scale, base=base, device=device)
         if self.temporal_positions:
             table = table + temporal_table(self.hidden_size, frames, scale=self.time_scale, device=device)[:, None]
