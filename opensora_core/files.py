@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -10,7 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from opensora_core.errors import ResourceError
+from opensora_core.errors import CheckpointError, ResourceError
+
+MANIFEST = "manifest.json"
+"""SHA-256 sums of the files of a folder, by their relative paths. Written last, it says that the folder is whole."""
 
 
 @contextmanager
@@ -45,6 +50,44 @@ def write_bytes(path: Path, content: bytes) -> None:
     require_space(path, len(content))
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sums of every file of a folder; call it last.
+
+    Raises:
+        ResourceError: the file system refuses it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_bytes(folder / MANIFEST, (json.dumps(sums, indent=1) + "\n").encode())
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        CheckpointError: no readable manifest, or a file that is missing or differs; the file is named.
+    """
+    try:
+        sums: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        items = sorted(sums.items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST}: it was never finished, or is torn") from error
+    for name, expected in items:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", "fetch or export the model again")
+        if sha256(path) != expected:
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", "fetch or export the model again"
+            )
 
 
 def append_line(path: Path, line: str) -> None:
