@@ -260,7 +260,8 @@ def caption(scene: Scene, rng: Generator) -> str:
     thing = f"{pick(_WORDS['color'][scene.color])} {pick(_WORDS['shape'][scene.shape])}"
     if "size" in said:
         thing = f"{pick(_WORDS['size'][scene.size])} {thing}"
-    thing = f"{pick(('a', 'a', 'a', 'the', 'one', ''))} {thing}".strip()
+    article = "an" if thing[0] in "aeio" else "a"
+    thing = f"{pick((article, article, article, 'the', 'one', ''))} {thing}".strip()
     if rng.random() < 0.08:
         thing = f"{pick(('a video of', 'a clip of', 'there is', 'we see', 'a view of'))} {thing}"
 
