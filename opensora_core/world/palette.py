@@ -1,7 +1,7 @@
 """What the world looks like: the sizes and colours that the renderer paints with and the verifier looks for.
 
 Colours are RGB in 0..255. The six object colours keep apart from each other and from every sky and ground, by day and
-by night: the closest pair (blue and purple) is 116 apart, ten times what a small VAE loses.
+by night: the closest pair (blue and purple) is 116 apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paint a scene: sixteen frames of 64x64, the same for everyone, in about a millisecond.
+"""Paint a scene: sixteen frames of 64x64, the same for everyone, in two to four milliseconds.
 
 A small model must learn this world from some hundred thousand clips, so there is little chance in it: each sky and
 ground is one picture, rain and snow are loops of sixteen frames that start in one of four places, and only where the
