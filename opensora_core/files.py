@@ -69,8 +69,12 @@ def write_manifest(folder: Path) -> None:
     write_bytes(folder / MANIFEST, (json.dumps(sums, indent=1) + "\n").encode())
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, part: str | None = None) -> None:
     """Check a folder against its manifest.
+
+    Args:
+        folder: has the manifest.
+        part: a folder in it, to check that alone; "" is the files beside the manifest; None is everything.
 
     Raises:
         CheckpointError: no readable manifest, or a file that is missing or differs; the file is named.
@@ -81,6 +85,8 @@ def verify_manifest(folder: Path) -> None:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST}: it was never finished, or is torn") from error
     for name, expected in items:
+        if part is not None and name.rpartition("/")[0].partition("/")[0] != part:
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", "fetch or export the model again")

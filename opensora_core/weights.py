@@ -1,6 +1,6 @@
 """Reading files of weights, which strangers may have written: nothing in them is ever run.
 
-A `.pth`, `.pt` or `.bin` is a pickle. It is read with `weights_only=True` and no other way, and the tensors that it holds
+A `.pth`, `.pt` or `.bin` is a pickle. It is read with `weights_only=True` and no other way, and the tensors in it
 are then kept beside it as safetensors, which load at once and cannot hold code.
 """
 

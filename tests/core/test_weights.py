@@ -214,6 +214,10 @@ def test_a_manifest_finds_every_damaged_or_missing_file(tmp_path):
         (tmp_path / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
         with pytest.raises(CheckpointError, match=f"{name} is damaged"):
             files.verify_manifest(tmp_path)
+        part, other = ("vae", "") if "/" in name else ("", "vae")
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            files.verify_manifest(tmp_path, part)
+        files.verify_manifest(tmp_path, other)
         (tmp_path / name).unlink()
         with pytest.raises(CheckpointError, match=f"{name} is missing"):
             files.verify_manifest(tmp_path)

@@ -1,0 +1,234 @@
+"""`Config` -> built parts. The only place that knows all rooms; everything above works with what it returns.
+
+Every builder takes the whole `Config`, finds the weights that it names, and returns a part on its device, frozen and in
+eval mode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_core import assets, diffusion, models, text, vae
+from opensora_core.assets import Located, Progress
+from opensora_core.config import Config
+from opensora_core.diffusion import Objective
+from opensora_core.errors import CheckpointError, ConfigError, DeviceError, UsageError, WeightsError
+from opensora_core.files import MANIFEST, verify_manifest
+from opensora_core.models import LatentTransformer, convert, load
+from opensora_core.text import TextEncoder
+from opensora_core.vae import VideoVAE
+from opensora_core.weights import read_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# where to compute -----------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of a name; `auto` is the first GPU, else Apple's, else the CPU.
+
+    Raises:
+        DeviceError: it is not there; those that are get listed.
+    """
+    available = devices()
+    if name == "auto":
+        return torch.device("cuda:0" if "cuda:0" in available else available[0])
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in available:
+        reason = "" if torch.version.cuda or not wanted.startswith("cuda") else ": torch has no CUDA here"
+        raise DeviceError(f"there is no device '{name}'{reason}", f"--device {' or '.join(available)}, or auto")
+    return torch.device(wanted)
+
+
+def devices() -> list[str]:
+    """The devices of this machine, best first."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; `auto` is bf16 on CUDA, where it is fast, else fp32.
+
+    Raises:
+        ConfigError: an unknown name, or fp16 on a CPU, which computes it at a thousandth of the speed of fp32.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype '{name}'", f"known: {', '.join(DTYPES)}")
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 on a CPU runs at about 0.2 GFLOP/s, hundreds of times slower than fp32", "--dtype bf16")
+    return DTYPES[name]
+
+
+def vae_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype that pixels are computed in: bf16 has eight bits, which would show, so there it is fp32."""
+    dtype = resolve_dtype(config.runtime.dtype, device)
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def tune_allocator(device: torch.device) -> None:
+    """Let the C library keep large blocks that a CPU run frees, instead of returning each and faulting it in again."""
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie free at the top of the heap
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from where on a block gets a mapping of its own
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def build_text_encoder(config: Config, on_progress: Progress | None = None) -> TextEncoder:
+    """The text encoder, on its device.
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing or do not fit.
+        ConfigError, DeviceError: settings that contradict each other or this machine.
+    """
+    device = resolve_device(config.runtime.device)
+    name = config.text.dtype if config.text.dtype != "auto" else config.runtime.dtype
+    path = None
+    if config.text.weights:
+        path = locate(config, "text", on_progress).path
+    return text.load_text_encoder(
+        config.text.kind,
+        path,
+        max_length=config.model.caption_length if config.model.condition == "text" else 0,
+        cleaning=config.text.cleaning,
+        dtype=resolve_dtype(name, device),
+        device=device,
+        num_classes=config.model.num_classes,
+    )
+
+
+def build_vae(config: Config, on_progress: Progress | None = None, device: torch.device | None = None) -> VideoVAE:
+    """The video autoencoder, on its device or the one that is named.
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing or do not fit.
+        ConfigError, DeviceError: settings that contradict each other or this machine.
+    """
+    device = device or resolve_device(config.runtime.device)
+    return vae.load_vae(
+        config.vae.kind,
+        locate(config, "vae", on_progress).path,
+        scaling_factor=config.vae.scaling_factor,
+        micro_batch=config.vae.micro_batch,
+        sample_posterior=config.vae.sample_posterior,
+        slicing=config.vae.slicing,
+        tiling=config.vae.tiling,
+        dtype=vae_dtype(config, device),
+        device=device,
+    )
+
+
+def build_model(
+    config: Config, null_caption: Tensor | None = None, on_progress: Progress | None = None
+) -> LatentTransformer:
+    """The denoiser with its weights, on its device.
+
+    Args:
+        config: `model.weights` names them; empty gives random ones, which only training and benchmarks want.
+        null_caption: (L, E), the text encoder's embedding of the empty caption, for weights that were published without
+            a null caption of their own (the layouts of diffusers).
+        on_progress: told of a download.
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing, or of another architecture, which is named.
+        ConfigError, DeviceError: settings that contradict each other or this machine.
+    """
+    device = resolve_device(config.runtime.device)
+    dtype = resolve_dtype(config.runtime.dtype, device)
+    if not config.model.weights:
+        return empty_model(config).to(device, dtype).eval().requires_grad_(False)
+    path = locate(config, "model", on_progress).path
+    try:
+        converted = convert(read_weights(path).state, config.model.family)
+        with torch.device("meta"):
+            model = empty_model(config)
+        load(model, converted.state, absent=converted.absent)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", error.hint) from error
+    if converted.absent:
+        if null_caption is None:
+            raise WeightsError(
+                f"{path} has no null caption", "guidance needs the text encoder's: --set text.weights=..."
+            )
+        model.set_null_caption(null_caption)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def empty_model(config: Config) -> LatentTransformer:
+    """The denoiser with the weights that a training run starts from, in fp32 on the CPU (or the default device)."""
+    settings = {item.name: getattr(config.model, item.name) for item in dataclasses.fields(config.model)}
+    return models.build(settings.pop("family"), **settings)
+
+
+def build_objective(config: Config) -> Objective:
+    """What the denoiser was, or is to be, trained to predict.
+
+    Raises:
+        ConfigError: an unknown objective or schedule.
+    """
+    settings = config.diffusion
+    if settings.objective == "iddpm":
+        return diffusion.IDDPM(settings.noise_schedule, settings.diffusion_steps, learn_sigma=config.model.learn_sigma)
+    return diffusion.RectifiedFlow(settings.timestep_sampling, settings.timestep_shift)
+
+
+# weights --------------------------------------------------------------------------------------------------------------
+
+
+def word_of(config: Config, kind: assets.Kind) -> str:
+    """What the settings call the weights of a part; for a folder that we exported, its own parts."""
+    word = {"model": config.model.weights, "vae": config.vae.weights, "text": config.text.weights}[kind]
+    # an export of ours says "bundled" of its parts if it was trained by the preset of the bundled model
+    if kind != "model" and word == assets.BUNDLED and config.model.weights != assets.BUNDLED:
+        folder = Path(config.model.weights or ".").expanduser()
+        folder = folder if folder.is_dir() else folder.parent
+        if config.model.weights and (folder / kind).is_dir():
+            return str(folder / kind)
+    return word
+
+
+def locate(config: Config, kind: assets.Kind, on_progress: Progress | None = None) -> Located:
+    """Find the weights of a part, or download them, and check those that came with a manifest.
+
+    Raises:
+        UsageError: no such name, file or folder.
+        WeightsError: they cannot be had.
+        CheckpointError: a file of ours that is damaged or missing; it is named.
+    """
+    word = word_of(config, kind)
+    if not word:
+        raise UsageError(f"no weights are named for the {kind}", f"--set {kind}.weights=NAME, PATH or hf:owner/repo")
+    found = assets.locate(word, kind=kind, offline=config.runtime.offline, on_progress=on_progress)
+    folder = found.path if kind == "model" and found.path.is_dir() else found.path.parent
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder, "" if kind == "model" else found.path.name)
+    return found
+
+
+def spatial_stride(config: Config) -> int | None:
+    """Pixels per latent position along a side, if that can be told before the VAE is loaded."""
+    found = assets.find(word_of(config, "vae"), kind="vae")
+    if found is None:
+        return None
+    folder = found.path if (found.path / "config.json").is_file() else found.path / "vae"
+    try:
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "patch" in settings:
+            return int(settings["patch"])
+        if config.vae.kind in ("kl", "temporal-decoder"):
+            return int(2 ** (len(settings["block_out_channels"]) - 1))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # loading it will tell what is wrong
+    return None
