@@ -18,9 +18,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as Screen
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from opensora_core.files import readable
 
 PIPE_WIDTH = 120  # columns of a table that no terminal limits
 
@@ -64,8 +66,8 @@ class Console:
         self._out = self._screen(stderr=False)
         self._err = self._screen(stderr=True)
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
         self._saved: list[Any] = []
+        self._pages: list[tuple[str, Path]] = []
 
     @staticmethod
     def _screen(*, stderr: bool) -> Screen:
@@ -149,36 +151,46 @@ class Console:
     def _stop_progress(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-            self._progress = self._task = None
+            self._progress = None
 
-    def _draw(self, label: str, completed: int | None, total: int | None, seconds_left: float | None) -> None:
+    def _draw(self, label: str, step: int = 0, total: int | None = None, seconds_left: float | None = None) -> None:
         """Move the progress line; off a terminal it would be noise, so nothing is drawn there."""
         if not self._err.is_terminal:
             return
         if self._progress is None:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[left]}", style="cyan", markup=False),
-                console=self._err,
-                transient=True,
-            )
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
+            counts = TextColumn("{task.fields[count]}", style="cyan", markup=False)
+            self._progress = Progress(*columns, counts, console=self._err, transient=True)
+            self._progress.add_task("", total=None, count="")
             self._progress.start()
-        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
         label = printable(label)
-        label = label if len(label) <= 48 else f"{label[:47]}…"
-        if self._task is None:
-            self._task = self._progress.add_task(label, total=total, completed=completed or 0, left=left)
-        else:
-            self._progress.update(self._task, description=label, total=total, completed=completed or 0, left=left)
+        room = max(self._err.width - 48, 16)  # columns that the bar and the counts leave
+        label = label if len(label) <= room else f"{label[: room - 1]}…"
+        left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
+        count = "" if total is None else f"{step}/{total}{left}"
+        self._progress.update(TaskID(0), description=label, completed=step, total=total, count=count)
 
     def _show_notice(self, event: Any) -> None:
         self.notice(event.message)
 
+    def _show_plan(self, event: Any) -> None:
+        for message in event.notices:
+            self.notice(message)
+        weights = [
+            (
+                part.name,
+                part.kind,
+                "size unknown" if part.size_bytes is None else readable(part.size_bytes),
+                "to be downloaded" if part.path is None else part.path,
+            )
+            for part in event.weights
+        ]
+        self.table("weights it would use", ("name", "part", "size", "place"), weights)
+        requests = [(item.path, item.seed, item.prompt) for item in event.requests]
+        self.table("files it would write", ("file", "seed", "prompt"), requests)
+
     def _show_loading(self, event: Any) -> None:
-        self._draw(f"loading {event.part} {event.detail}".rstrip(), None, None, None)
+        self._draw(f"loading {event.part} {event.detail}".rstrip())
 
     def _show_progress(self, event: Any) -> None:
         self._draw(event.prompt, event.step, event.total, event.seconds_left)
@@ -194,22 +206,19 @@ class Console:
             speed = f"{event.clips_per_second:.1f} clips/s  {duration(event.seconds_left)} left"
             self._above(f"{event.part} {event.step}/{event.total}  ", f"{metrics}  lr {event.lr:.2e}  {speed}", "cyan")
 
-    def _show_path(self, event: Any) -> None:
-        self._saved.append(event)
+    def _show_sheet(self, event: Any) -> None:
+        self._pages.append(("contact sheet", event.path))
+
+    def _show_gallery(self, event: Any) -> None:
+        self._pages.append(("gallery", event.path))
 
     def _show_done(self, event: Any) -> None:
         self._stop_progress()
-        rows = [
-            (
-                event.path,
-                getattr(event, "seed", ""),
-                duration(event.seconds) if hasattr(event, "seconds") else "",
-                getattr(event, "prompt", _snake(type(event).__name__)),
-            )
-            for event in self._saved
-        ]
+        rows = [(saved.path, saved.seed, duration(saved.seconds), saved.prompt) for saved in self._saved]
         count = f"{len(rows)} file{'' if len(rows) == 1 else 's'} in {duration(event.seconds)}"
         self.table(count, ("file", "seed", "time", "prompt"), rows)
+        for label, path in self._pages:
+            self._out.print(Text.assemble((f"{label}: ", "dim"), (printable(path), "cyan")), soft_wrap=True)
 
     def _show_any(self, event: Any) -> None:
         words = [f"{item.name} {_word(getattr(event, item.name))}" for item in fields(event)]
@@ -218,11 +227,12 @@ class Console:
 
 RENDERERS: dict[str, Callable[[Console, Any], None]] = {
     "Notice": Console._show_notice,
+    "Plan": Console._show_plan,
     "Loading": Console._show_loading,
     "Progress": Console._show_progress,
     "Saved": Console._show_saved,
-    "Sheet": Console._show_path,
-    "Gallery": Console._show_path,
+    "Sheet": Console._show_sheet,
+    "Gallery": Console._show_gallery,
     "TrainProgress": Console._show_train_progress,
     "Done": Console._show_done,
 }

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,9 +44,36 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    path: Path
+
+
+@dataclass(frozen=True)
 class Done:
-    files: tuple[Path, ...]
+    num_files: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: str
+    path: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Part:
+    kind: str
+    name: str
+    path: Path | None
+    size_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    requests: tuple[Request, ...]
+    weights: tuple[Part, ...]
+    notices: tuple[str, ...] = ("the prompt is odd",)
 
 
 @dataclass
@@ -62,12 +88,14 @@ class Recorder:
 
     def plan(
         self, config: Config, prompts: list[str], output: Path | None, format: str | None, overwrite: bool
-    ) -> SimpleNamespace:
+    ) -> Plan:
         self.config, self.prompts = config, prompts
         self.options = {"output": output, "format": format, "overwrite": overwrite}
-        return SimpleNamespace()
+        requests = [Request(text, Path(f"samples/{index}.mp4"), 42) for index, text in enumerate(prompts)]
+        weights = Part("text", "t5-v1_1-xxl", None, 19_000_000_000), Part("model", "bundled", Path("/b"), 5_000_000)
+        return Plan(tuple(requests), weights)
 
-    def sample(self, config: Config, plan: SimpleNamespace, *, sheet: bool = False) -> Iterator[Any]:
+    def sample(self, config: Config, plan: Plan, *, sheet: bool = False) -> Iterator[Any]:
         assert config == self.config
         self.options["sheet"] = sheet
         try:
@@ -78,7 +106,8 @@ class Recorder:
                     raise KeyboardInterrupt
             path = Path("samples/a-red-ball-42.mp4")
             yield Saved(path, self.prompts[0], 42, 1.5)
-            yield Done((path,), 75.0)
+            yield Sheet(Path("samples/sheet.png"))
+            yield Done(1, 75.0)
         finally:
             self.closed = True
 
@@ -256,6 +285,7 @@ def test_a_reader_sees_notices_and_a_table(core: Recorder, capsys: pytest.Captur
     assert "1 file in 1:15" in shown.out
     assert "samples/a-red-ball-42.mp4" in shown.out
     assert "1.5 s" in shown.out
+    assert "contact sheet: samples/sheet.png" in shown.out
     assert "a red ball" in shown.out
 
 
@@ -263,7 +293,7 @@ def test_a_program_reads_one_event_a_line(core: Recorder, capsys: pytest.Capture
     assert run(["sample", "--prompt", "a red ball \x1b[2J\u2028", "--json"]) == 0
     shown = capsys.readouterr()
     events = [json.loads(line) for line in shown.out.splitlines()]
-    assert [event["event"] for event in events] == ["notice", "progress", "progress", "saved", "done"]
+    assert [event["event"] for event in events] == ["notice", "progress", "progress", "saved", "sheet", "done"]
     assert events[3] == {
         "event": "saved",
         "path": "samples/a-red-ball-42.mp4",
@@ -272,6 +302,23 @@ def test_a_program_reads_one_event_a_line(core: Recorder, capsys: pytest.Capture
         "seconds": 1.5,
     }
     assert shown.err == ""
+
+
+def test_a_dry_run_shows_weights_and_files(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--prompt", "a red ball", "--prompt", "a cube", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "note: the prompt is odd" in shown.err
+    for expected in ("t5-v1_1-xxl", "19.0 GB", "to be downloaded", "bundled", "samples/0.mp4", "samples/1.mp4"):
+        assert expected in shown.out
+    assert not core.closed, "nothing is drawn"
+
+
+def test_a_dry_run_in_json(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--prompt", "a red ball", "--dry-run", "--json"]) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert event["event"] == "plan"
+    assert event["requests"] == [{"prompt": "a red ball", "path": "samples/0.mp4", "seed": 42}]
+    assert [part["path"] for part in event["weights"]] == [None, "/b"]
 
 
 def test_an_interrupted_run_cleans_up_before_it_says_so(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
