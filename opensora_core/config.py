@@ -58,6 +58,7 @@ class ModelConfig:
     temporal_positions: bool = True
     space_scale: float = 1.0
     time_scale: float = 1.0
+    frame_positions: Literal["published", "stream"] = "published"  # STDiT: where frames are told apart
     base_size: int = 0  # PixArt: side in patches of the square grid that positions are rescaled to; 0 = int(sqrt(S))
     qk_norm: bool = False
     attention: str = "auto"
@@ -115,6 +116,8 @@ class TrainConfig:
     """How a model is trained. `lr` is AdamW's; matrices under `optimizer = "muon"` use `muon_lr`."""
 
     steps: int = 1000
+    vae_steps: int = 2000  # of the parts that come before the denoiser when everything is trained from nothing
+    text_steps: int = 1000
     batch_size: int = 8
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-5

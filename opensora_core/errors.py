@@ -8,7 +8,8 @@
     │   └── CheckpointError    1   weights that are there, but torn, malicious or of another architecture
     ├── DeviceError            1   a device that was asked for and is not there
     ├── ResourceError          1   out of memory, out of disk space, no permission
-    └── TrainingError          1   a run that cannot go on, such as one whose loss is not a number
+    ├── TrainingError          1   a run that cannot go on, such as one whose loss is not a number
+    └── Stopped          130, 143   work that was asked to stop, and did so with nothing lost
 
 The number is the exit code of the command that ends with the error. A bug of our own is never an `OsoraError`.
 """
@@ -62,6 +63,14 @@ class ResourceError(OsoraError):
 
 class TrainingError(OsoraError):
     """A training run that cannot go on."""
+
+
+class Stopped(OsoraError):
+    """Work that was asked to stop by a signal: SIGINT (130) or SIGTERM (143)."""
+
+    def __init__(self, message: str, hint: str = "", signal_number: int = 2) -> None:
+        super().__init__(message, hint)
+        self.exit_code = 128 + signal_number
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -74,6 +74,9 @@ class STDiT(CaptionedTransformer):
         caption_dropout: see `LatentTransformer`.
         space_scale: spatial positions are divided by it.
         time_scale: frame positions are divided by it.
+        frame_positions: `published` adds them to what the first temporal attention reads, and nowhere else; that suffices
+            for a model that starts from image weights. `stream` adds them to the embedded patches, as DiT and PixArt
+            do: a model that starts from nothing learns which way things move much sooner.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
         gradient_checkpointing: see `LatentTransformer`.
@@ -96,6 +99,7 @@ class STDiT(CaptionedTransformer):
         caption_dropout: float = 0.1,
         space_scale: float = 1.0,
         time_scale: float = 1.0,
+        frame_positions: Literal["published", "stream"] = "published",
         qk_norm: bool = False,
         attention: str = "auto",
         gradient_checkpointing: bool = False,
@@ -114,16 +118,19 @@ class STDiT(CaptionedTransformer):
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.frame_positions = frame_positions
         self.blocks.extend(
             self.block(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, attention=attention) for _ in range(depth)
         )
         self.initialise()
 
-    def positions(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places go into the stream, frames into what the first temporal attention reads."""
+    def positions(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Places go into the stream, frames there too or into what the first temporal attention reads."""
         frames, rows, columns = grid
         space = spatial_table(self.hidden_size, rows, columns, scale=self.space_scale, device=device)
         time = temporal_table(self.hidden_size, frames, scale=self.time_scale, device=device)
+        if self.frame_positions == "stream":
+            return space + time[:, None], None
         return space, time[:, None]
 
     def initialise(self) -> None:

@@ -271,12 +271,12 @@ def _falling(weather: str, phase: int) -> Floats:
                 dx, dy = wrapped(columns - x + 2 * frame), wrapped(rows - y - 8 * frame)
                 along = np.clip(dy, -3.5, 3.5)
                 streak = np.clip(1.35 - np.hypot(dx + along * 0.25, dy - along), 0, 1)
-                loop[frame] = np.maximum(loop[frame], 0.8 * streak)
+                loop[frame] = np.maximum(loop[frame], 0.5 * streak)
         else:
             for number, (x, y, radius) in enumerate(_FLAKES):
                 dx = wrapped(columns - x - 1.6 * np.sin(turn + 2.1 * number))
                 dy = wrapped(rows - y - 2 * frame)
-                loop[frame] = np.maximum(loop[frame], 0.95 * np.clip(radius + 0.6 - np.hypot(dx, dy), 0, 1))
+                loop[frame] = np.maximum(loop[frame], 0.75 * np.clip(radius + 0.6 - np.hypot(dx, dy), 0, 1))
     loop = np.roll(loop, -phase * NUM_FRAMES // _NUM_PHASES, axis=0)
     tiled = np.tile(loop, (1, SIZE // _TILE, SIZE // _TILE))
     tiled.setflags(write=False)

@@ -1,0 +1,51 @@
+"""Exponential moving average of the trained parameters, kept in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """A shadow of every parameter that is trained. Buffers and frozen parameters are never averaged.
+
+    Args:
+        module: the module to follow; the shadow starts at its values.
+        decay: weight of the old average, in [0, 1].
+        warmup: start with a short memory, min(decay, (1 + n) / (10 + n)) at the n-th update, so that the random start
+            is forgotten at once instead of after 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = False) -> None:
+        self.module = module
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.shadow: dict[str, Tensor] = {
+            name: parameter.detach().float().clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the module's values; call it after each optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        self.updates += 1
+        parameters = dict(self.module.named_parameters())
+        shadows = list(self.shadow.values())
+        torch._foreach_lerp_(shadows, [parameters[name].float() for name in self.shadow], 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the averaged values into the module, in place of its own."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self.shadow.items():
+            parameters[name].copy_(value)
+
+    def load(self, shadow: dict[str, Tensor], updates: int) -> None:
+        """Continue from a saved average."""
+        assert shadow.keys() == self.shadow.keys(), "the average belongs to another set of parameters"
+        for name, value in shadow.items():
+            self.shadow[name].copy_(value)
+        self.updates = updates
