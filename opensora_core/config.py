@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -160,7 +160,7 @@ class Config:
 
 
 @cache
-def _types(group: type) -> dict[str, Any]:
+def _types(group: type[object]) -> dict[str, Any]:
     return typing.get_type_hints(group)
 
 
@@ -203,41 +203,43 @@ def _replace(group: Any, names: list[str], value: Any, path: str) -> Any:
 
 
 def _coerce(value: Any, kind: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
+    """Turn a value, or a word of a shell, into the type of its setting."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
         if value not in arguments:
             raise ConfigError(f"{path} = {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
+    elif typing.get_origin(kind) is tuple:
         parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or len(parts) != len(arguments):
             raise ConfigError(f"{path} = {value!r} is not {len(arguments)} values", f"for example {path}=1,2,2")
-        return tuple(_coerce(part, item, path) for part, item in zip(parts, arguments, strict=True))
-    if origin is types.UnionType:
-        if value is None or value == "none":
-            return None
-        return _coerce(value, next(item for item in arguments if item is not type(None)), path)
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1"):
-            return True
-        if isinstance(value, str) and value.lower() in ("false", "no", "off", "0"):
-            return False
-        if isinstance(value, bool):
-            return value
+        value = tuple(_coerce(part, item, path) for part, item in zip(parts, arguments, strict=True))
+    elif kind is bool:
+        value = _boolean(value, path)
+    elif kind in (int, float):
+        value = _number(value, kind, path)
+    elif not isinstance(value, str):
+        raise ConfigError(f"{path} = {value!r} is not text")
+    return value
+
+
+def _boolean(value: Any, path: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    found = value if isinstance(value, bool) else words.get(str(value).lower())
+    if found is None:
         raise ConfigError(f"{path} = {value!r} is neither true nor false")
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path} = {value!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if kind is int and isinstance(value, float) and value != number:
-            raise ConfigError(f"{path} = {value!r} is not an integer")
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ConfigError(f"{path} = {value!r} is not a finite number")
-        return number
-    if kind is str and isinstance(value, str):
-        return value
-    raise ConfigError(f"{path} = {value!r} is not of type {getattr(kind, '__name__', kind)}")
+    return found
+
+
+def _number(value: Any, kind: type[int] | type[float], path: str) -> int | float:
+    try:
+        if isinstance(value, bool) or not math.isfinite(float(value)):
+            raise ValueError
+        number = kind(value)
+        if number != float(value):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path} = {value!r} is not {'an integer' if kind is int else 'a finite number'}") from None
+    return number
 
 
 def parse_settings(words: list[str]) -> dict[str, str]:

@@ -65,7 +65,7 @@ class TrainingError(OsoraError):
     """A training run that cannot go on."""
 
 
-class Stopped(OsoraError):
+class Stopped(OsoraError):  # noqa: N818 - it did what it was asked to
     """Work that was asked to stop by a signal: SIGINT (130) or SIGTERM (143)."""
 
     def __init__(self, message: str, hint: str = "", signal_number: int = 2) -> None:

@@ -129,9 +129,7 @@ PRESETS: dict[str, Preset] = {
         {"video.height": 512, "video.width": 512, "model.weights": "dit-xl-2-512"},
         parent="dit-1x256x256-class",
     ),
-    "latte-16x256x256": Preset(
-        "Latte-XL/2 with CLIP captions", {"model.family": "latte"}, parent="dit-16x256x256"
-    ),
+    "latte-16x256x256": Preset("Latte-XL/2 with CLIP captions", {"model.family": "latte"}, parent="dit-16x256x256"),
     "latte-16x256x256-2x2": Preset(
         "Latte-XL/2x2: patches two frames deep", {"model.patch_size": (2, 2, 2)}, parent="latte-16x256x256"
     ),

@@ -92,7 +92,7 @@ def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[E
     yield from _fit(task, with_settings(config.train, settings), output)
     vae.cpu().eval()
     task.measure_statistics()
-    with _whole_folder(output / "vae") as folder:
+    with _WholeFolder(output / "vae") as folder:
         vae.save_pretrained(folder)
 
 
@@ -101,7 +101,7 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
         return
     start = output / CHECKPOINTS / "text-start"
     if not start.exists():
-        with _whole_folder(start) as folder:
+        with _WholeFolder(start) as folder:
             make_text_encoder(
                 folder,
                 width=config.model.caption_channels,
@@ -112,7 +112,7 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
     task.module.to(device)
     settings = {"steps": config.train.text_steps, "batch_size": 128, "lr": 2e-3, "warmup_steps": 50}
     yield from _fit(task, with_settings(config.train, settings), output)
-    with _whole_folder(output / "text") as folder:
+    with _WholeFolder(output / "text") as folder:
         task.encoder.cpu().save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
 
@@ -132,15 +132,13 @@ def _train_model(config: Config, output: Path, device: torch.device) -> Iterator
     torch.manual_seed(config.train.seed)
     model = components.empty_model(config).to(device)
     objective = components.build_objective(config)
-    task = DenoiserTask(
-        model, vae, text, objective, batch_size=config.train.batch_size, seed=config.train.seed
-    )
+    task = DenoiserTask(model, vae, text, objective, batch_size=config.train.batch_size, seed=config.train.seed)
     yield from _fit(task, config.train, output)
     with replacing(output / MODEL_FILE) as part:
         save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
 
 
-class _whole_folder:
+class _WholeFolder:
     """A temporary folder that takes its name only when the block ends without an error."""
 
     def __init__(self, target: Path) -> None:
@@ -169,7 +167,7 @@ def export(run: Path, folder: Path) -> None:
         raise UsageError(f"the run in {run} is not finished", f"osora train --output {run} --resume")
     from transformers import AutoTokenizer, T5EncoderModel
 
-    with _whole_folder(folder) as part:
+    with _WholeFolder(folder) as part:
         PatchVAE.from_pretrained(run / "vae").save_pretrained(part / "vae", torch.bfloat16)
         T5EncoderModel.from_pretrained(run / "text", dtype=torch.bfloat16).save_pretrained(part / "text")
         AutoTokenizer.from_pretrained(run / "text").save_pretrained(part / "text")

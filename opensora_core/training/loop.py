@@ -149,7 +149,7 @@ def fit(task: Task, train: TrainConfig, folder: Path, *, num_workers: int = 1) -
     with _stop_signals() as stop:
         for batch in loader:
             losses = task.losses(batch, torch.Generator(device).manual_seed(step_seed(train.seed, step)))
-            losses["loss"].backward()
+            losses["loss"].backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(trained, train.grad_clip)
             if not (torch.isfinite(norm) and torch.isfinite(losses["loss"])):
                 raise TrainingError(

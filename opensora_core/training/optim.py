@@ -19,7 +19,8 @@ def build_optimizers(module: nn.Module, train: TrainConfig) -> list[Optimizer]:
     (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of matrices that map features to features,
     which is wrong for tables, embeddings and the layers at both ends.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and "blocks." in name and name.endswith(".weight")

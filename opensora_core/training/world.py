@@ -41,7 +41,7 @@ class AutoencoderTask:
     name = "vae"
 
     def __init__(self, vae: PatchVAE, *, batch_size: int, seed: int, frames_per_clip: int = 4) -> None:
-        self.module = vae
+        self.module: nn.Module = vae
         self.vae = vae
         self.batch_size, self.seed, self.frames_per_clip = batch_size, seed, frames_per_clip
 
@@ -80,7 +80,9 @@ class _Reader(nn.Module):
         super().__init__()
         self.encoder = encoder
         # one class more than there are values: the caption does not say
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in world.ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, len(values) + 1) for name, values in world.ATTRIBUTES.items()}
+        )
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -102,7 +104,7 @@ class TextTask:
 
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.encoder: Any = T5EncoderModel.from_pretrained(folder)
-        self.module = _Reader(self.encoder, self.encoder.config.d_model)
+        self.module: nn.Module = _Reader(self.encoder, self.encoder.config.d_model)
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -192,13 +194,13 @@ class DenoiserTask:
         batch_size: int,
         seed: int,
     ) -> None:
-        self.module = model
+        self.module: nn.Module = model
         self.model: Any = model
         self.vae, self.text_encoder, self.objective = vae, text_encoder, objective
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> tuple[Tensor, Condition]:
-        """Latents (B, C, T, h, w), drawn from the posterior, and the embedded captions; made in the worker, on its CPU."""
+        """Latents (B, C, T, h, w), drawn from the posterior, and embedded captions; made on the worker's CPU."""
         frames, captions = [], []
         for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
             captions.append(world.caption(scene, rng))

@@ -65,14 +65,15 @@ class PatchVAE(nn.Module):
         latent_channels: C of the latents.
         patch: pixels of a patch's side, which is the spatial stride.
         encoder_width, encoder_depth, decoder_width, decoder_depth: channels and residual blocks of the two towers.
-        latents_mean, latents_std: statistics of the raw posterior mean per channel, taken after training; the latents that
-            leave `encode` are normalised by them, so a denoiser sees zero mean and unit variance.
+        latents_mean, latents_std: of the raw posterior mean per channel, taken after training; what leaves `encode` is
+            normalised by them, so a denoiser sees zero mean and unit variance.
         micro_batch: frames per pass.
         sample_posterior: draw from the posterior instead of taking its mean.
     """
 
     def __init__(
         self,
+        *,
         latent_channels: int = 8,
         patch: int = 8,
         encoder_width: int = 96,
@@ -170,7 +171,7 @@ class PatchVAE(nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and the weights into a folder, in diffusers' layout; `dtype` casts the weights on the way."""
+        """Write `config.json` and the weights into a folder, in diffusers' layout, the weights cast to `dtype`."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"_class_name": type(self).__name__, **self.settings}
         settings |= {"latents_mean": self.latents_mean, "latents_std": self.latents_std}

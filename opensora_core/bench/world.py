@@ -1,0 +1,141 @@
+"""Does the model that ships do what the prompt says? Its videos are read back by the world's own verifier.
+
+Everything goes the way of a user: `sample` writes files, as shipped, and the files are read. The verifier never sees
+the prompt. Prompts are the canonical captions of freshly drawn scenes, which say every attribute; the scenes of the
+split `held-out` have a pair of values that no training clip has.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opensora_core import components, sampling, world
+from opensora_core.bench.measurement import Event, Measurement
+from opensora_core.config import Config, with_settings
+from opensora_core.media import read_video, to_uint8
+
+SPLITS: tuple[Literal["seen", "held-out"], ...] = ("seen", "held-out")
+TOGETHER = ("color", "shape", "motion")
+_LINEAR = ("left", "right", "up", "down")
+_JUMP_LIMIT = 2.5  # of the median step between frames, beyond which an object counts as having jumped
+
+Frames = NDArray[np.uint8]
+
+
+def measure(config: Config, *, prompts: int = 240, seeds: int = 2) -> Iterator[Event]:
+    """Measure the autoencoder alone, then prompt-following and steadiness per split, then cost.
+
+    Args:
+        config: the settings of the model, as for `sample`.
+        prompts: how many per split.
+        seeds: how many samples of each prompt.
+
+    Raises:
+        InputError: a model that does not make videos of the world's size.
+    """
+    yield from _measure_vae(config, num_clips=max(prompts // 4, 8))
+    seconds: list[float] = []
+    for split in SPLITS:
+        rng = np.random.default_rng([config.sampling.seed, len(split)])
+        scenes = {world.canonical_caption(scene): scene for scene in _distinct(rng, split, prompts)}
+        results: list[tuple[world.Scene, Frames]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            run = with_settings(config, {"sampling.num_samples": seeds})
+            plan = sampling.plan(run, list(scenes), Path(folder), "mp4")
+            begin = time.monotonic()
+            for event in sampling.sample(run, plan):
+                if isinstance(event, sampling.Progress):
+                    yield event
+                elif isinstance(event, sampling.Saved):
+                    results.append((scenes[event.prompt], read_video(event.path).frames))
+            seconds.append((time.monotonic() - begin) / len(results))
+        yield from _measure_split(split, results)
+    yield Measurement("cost", "seconds per sample, loading included", float(np.mean(seconds)), "s", 2 * prompts * seeds)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    yield Measurement("cost", "peak resident memory", kilobytes / 2**20, "GiB", 1)
+
+
+def _distinct(rng: np.random.Generator, split: Literal["seen", "held-out"], count: int) -> list[world.Scene]:
+    scenes: dict[world.Scene, None] = {}
+    while len(scenes) < count:
+        scenes[world.draw_scene(rng, split)] = None
+    return list(scenes)
+
+
+def _measure_vae(config: Config, num_clips: int) -> Iterator[Measurement]:
+    """What is lost before the denoiser has a say: clips that training never saw, through the autoencoder and back."""
+    vae = components.build_vae(config)
+    device = components.resolve_device(config.runtime.device)
+    decibels, read = [], []
+    for index in range(num_clips):
+        rng = np.random.default_rng([10**6, index])
+        scene = world.draw_scene(rng, "held-out" if index % 2 else "seen")
+        frames = world.render(scene, rng)
+        video = torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            decoded = to_uint8(vae.decode(vae.encode(video.to(device)))[0])
+        error = np.mean((decoded.astype(np.float64) - frames) ** 2)
+        decibels.append(10 * np.log10(255**2 / error))
+        read.append(_right(scene, decoded))
+    yield Measurement("autoencoder", "PSNR", float(np.mean(decibels)), "dB", num_clips)
+    for name in world.ATTRIBUTES:
+        yield Measurement("autoencoder", name, _share(right[name] for right in read), "share", num_clips)
+
+
+def _measure_split(split: str, results: list[tuple[world.Scene, Frames]]) -> Iterator[Measurement]:
+    read = [_right(scene, frames) for scene, frames in results]
+    count = len(results)
+    for name in world.ATTRIBUTES:
+        yield Measurement(split, name, _share(right[name] for right in read), "share", count)
+    together = _share(all(right[name] for name in TOGETHER) for right in read)
+    yield Measurement(split, "color, shape and motion together", together, "share", count)
+    yield Measurement(split, "everything", _share(all(right.values()) for right in read), "share", count)
+    smooth = [_is_smooth(world.track(frames)) for scene, frames in results if scene.motion in _LINEAR]
+    yield Measurement(split, f"no jump beyond {_JUMP_LIMIT} x the median step", _share(smooth), "share", len(smooth))
+    still = [
+        change
+        for scene, frames in results
+        if scene.weather == "clear"
+        and scene.ground != "sea"
+        and (change := _flicker(frames, world.track(frames))) is not None
+    ]
+    if still:
+        yield Measurement(split, "flicker of a still background", float(np.mean(still)), "levels of 255", len(still))
+
+
+def _right(scene: world.Scene, frames: Frames) -> dict[str, bool]:
+    found = world.verify(frames)
+    return {name: found.get(name) == value for name, value in asdict(scene).items()}
+
+
+def _share(values: Iterable[bool]) -> float:
+    return float(np.mean(list(values) or [False]))
+
+
+def _is_smooth(track: NDArray[np.float32]) -> bool:
+    """Whether the object of a track (T, 2) is there in every frame and never jumps."""
+    steps = np.hypot(*np.diff(track, axis=0).T)
+    return bool(np.isfinite(steps).all() and steps.max() <= _JUMP_LIMIT * max(float(np.median(steps)), 0.5))
+
+
+def _flicker(frames: Frames, track: NDArray[np.float32]) -> float | None:
+    """Mean change between frames of the columns that the object never comes near; None where there are none."""
+    columns = np.arange(frames.shape[2])
+    centres = track[np.isfinite(track).all(axis=1), 0]
+    if not len(centres):
+        return None
+    away = np.abs(columns[:, None] - centres[None]).min(axis=1) > 16
+    if not away.any():
+        return None
+    return float(np.abs(np.diff(frames[:, :, away].astype(np.int16), axis=0)).mean())
