@@ -18,7 +18,7 @@ _osora() {
         "sample --set") compopt +o default; return ;;
         "sample --steps") compopt +o default; return ;;
         "sample --guidance") compopt +o default; return ;;
-        "sample --sampler") compopt +o default; return ;;
+        "sample --sampler") COMPREPLY=($(compgen -W 'iddpm ddim dpm-solver dpm-solver++ unipc euler heun' -- "$current")); compopt +o default; return ;;
         "sample --seed") compopt +o default; return ;;
         "sample --batch-size") compopt +o default; return ;;
         "sample --output"|"sample -o") return ;;
@@ -36,11 +36,19 @@ _osora() {
         "train --config") return ;;
         "train --set") compopt +o default; return ;;
         "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+        "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
+        "bench --prompts") compopt +o default; return ;;
+        "bench --seeds") compopt +o default; return ;;
+        "bench --output"|"bench -o") return ;;
+        "bench --config") return ;;
+        "bench --set") compopt +o default; return ;;
+        "bench --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
     esac
     case "$verb" in
-        '') words='sample train --version --help' ;;
+        '') words='sample train bench --version --help' ;;
         'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
         'train') words='--output --export --data --resume --steps --batch-size --lr --seed --preset --config --set --device --print-config --json --debug --help' ;;
+        'bench') words='world --model --prompts --seeds --quick --output --config --set --device --json --debug --help' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
+
+# the console shows progress and says what matters; whoever wants to hear the libraries sets these, or says --debug
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if "--debug" not in sys.argv:
+        warnings.simplefilter("ignore")
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
     try:
         from opensora_cli.app import run
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_cli import sample, train
+from opensora_cli import bench, sample, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -58,6 +58,7 @@ def _root(
 
 app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
 
 def run(words: Sequence[str]) -> int:

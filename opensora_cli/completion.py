@@ -42,6 +42,7 @@ class Verb:
     name: str
     about: str
     flags: tuple[Flag, ...]
+    choices: tuple[tuple[str, str], ...] = ()  # known values of its one positional word, each with what it is
 
 
 def verbs() -> list[Verb]:
@@ -52,17 +53,26 @@ def verbs() -> list[Verb]:
 
 def _verb(name: str, command: Any) -> Verb:
     context = command.make_context(name or "osora", [], resilient_parsing=True)
-    return Verb(name, _first_line(command.help), tuple(_flag(item, context) for item in command.get_params(context)))
+    items = command.get_params(context)
+    return Verb(
+        name,
+        _first_line(command.help),
+        tuple(_flag(item, context) for item in items if item.param_type_name == "option"),
+        tuple(value for item in items if item.param_type_name == "argument" for value in _values(item, context)),
+    )
+
+
+def _values(parameter: Any, context: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((item.value, item.help or "") for item in parameter.shell_complete(context, ""))
 
 
 def _flag(option: Any, context: Any) -> Flag:
     takes_value = not option.is_flag
-    values = [(item.value, item.help or "") for item in option.shell_complete(context, "")] if takes_value else []
     return Flag(
         words=tuple(sorted((*option.opts, *option.secondary_opts), key=len, reverse=True)),
         about=_first_line(option.help),
         metavar=(option.metavar or option.name.upper()) if takes_value else "",
-        values=tuple(values),
+        values=_values(option, context) if takes_value else (),
         repeatable=option.multiple,
     )
 
@@ -83,9 +93,10 @@ def bash(commands: list[Verb]) -> str:
             if flag.metavar:
                 pattern = "|".join(f'"{verb.name} {word}"' for word in flag.words)
                 values.append(f"        {pattern}) {'; '.join([*actions, 'return'])} ;;")
-        names = [word for flag in verb.flags for word in flag.words if word.startswith("--")]
-        if not verb.name:
-            names = [other.name for other in commands if other.name] + names
+        names = (
+            [other.name for other in commands if other.name] if not verb.name else [word for word, _ in verb.choices]
+        )
+        names += [word for flag in verb.flags for word in flag.words if word.startswith("--")]
         words.append(f"        {_quote(verb.name)}) words={_quote(' '.join(names))} ;;")
     return "\n".join(
         [
@@ -130,10 +141,13 @@ def zsh(commands: list[Verb]) -> str:
         "      case $line[1] in",
     ]
     for verb in others:
+        specs = [_zsh_spec(flag) for flag in verb.flags]
+        if verb.choices:
+            specs.append(_quote(f"1:word:({' '.join(word for word, _ in verb.choices)})"))
         lines += [
             f"        {verb.name})",
             "          _arguments \\",
-            " \\\n".join(f"            {_zsh_spec(flag)}" for flag in verb.flags),
+            " \\\n".join(f"            {spec}" for spec in specs),
             "          ;;",
         ]
     lines += [
@@ -167,6 +181,8 @@ def fish(commands: list[Verb]) -> str:
         condition = f"__fish_seen_subcommand_from {verb.name}" if verb.name else "__fish_use_subcommand"
         if verb.name:
             lines.append(f"complete -c osora -n __fish_use_subcommand -a {verb.name} -d {_quote(verb.about)}")
+        for word, about in verb.choices:
+            lines.append(f"complete -c osora -n {_quote(condition)} -a {_quote(word)} -d {_quote(about)}")
         for flag in verb.flags:
             words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in flag.words)
             takes = ("-r -F" if flag.takes_path else "-x") if flag.metavar else ""

@@ -24,7 +24,8 @@ from rich.text import Text
 
 from opensora_core.files import readable
 
-PIPE_WIDTH = 120  # columns of a table that no terminal limits
+PIPE_WIDTH = 120  # of a table that no terminal limits
+MIN_COLUMN = 16  # what is left of a long prompt in a narrow terminal
 
 
 def printable(value: object) -> str:
@@ -106,19 +107,16 @@ class Console:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Write a table of results; the first column is never shortened, the last gives way first."""
+        """Write a table of results; in a narrow place the last column is shortened, then the first one folded."""
+        cells = [[printable(cell) for cell in row] for row in rows]
+        taken = sum(max((len(row[index]) for row in cells), default=0) + 2 for index in range(len(columns) - 1))
+        room = max(self._out.width - taken - 2, MIN_COLUMN)
         table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
         for index, column in enumerate(columns):
-            numeric = all(isinstance(row[index], int | float) for row in rows)
-            table.add_column(
-                column,
-                overflow="ellipsis" if 0 < index == len(columns) - 1 else "fold",
-                no_wrap=0 < index == len(columns) - 1,
-                justify="right" if numeric else "left",
-                style="cyan" if index == 0 else "",
-            )
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
+            is_first = index == 0
+            table.add_column(column, style="cyan" if is_first else "", overflow="fold", no_wrap=not is_first)
+        for *others, last in cells:
+            table.add_row(*others, last if len(last) <= room else f"{last[: room - 1]}…")
         self._out.print(table)
 
     def notice(self, message: str) -> None:

@@ -28,6 +28,26 @@ NAME_PRESET = "say which they are, for example --preset 16x256x256"
 FROM_PRESET = "preset"
 """What help shows as the default of a flag that the preset decides."""
 
+
+def model_names() -> list[tuple[str, str]]:
+    """Names that `--model` knows, each with what it is."""
+    from opensora_core import assets
+
+    return [(name, asset.about) for name, asset in assets.ASSETS.items() if asset.kind == "model"]
+
+
+ModelOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|PATH|hf:OWNER/REPO",
+        help="Weights: a published name, a file or folder, or a repository.",
+        autocompletion=model_names,
+        show_default="bundled",
+        rich_help_panel=SETTINGS,
+    ),
+]
 PresetOpt = Annotated[
     str | None,
     typer.Option(
@@ -123,13 +143,6 @@ DebugOpt = Annotated[
         rich_help_panel=REPORT,
     ),
 ]
-
-
-def model_names() -> list[tuple[str, str]]:
-    """Names that `--model` knows, each with what it is."""
-    from opensora_core import assets
-
-    return [(name, asset.about) for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 
 
 def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str, Any] | None]:

@@ -10,11 +10,14 @@ import typer
 
 from opensora_cli import options
 from opensora_cli.console import console
-from opensora_cli.options import FROM_PRESET, OUTPUT, RUNTIME, SETTINGS
+from opensora_cli.options import FROM_PRESET, OUTPUT, RUNTIME
 from opensora_core.errors import InputError
 
 PROMPTS = "What to make"
 DRAWING = "How it is drawn"
+
+SAMPLERS = ("iddpm", "ddim", "dpm-solver", "dpm-solver++", "unipc", "euler", "heun")
+"""The names of `opensora_core.diffusion.SAMPLERS`, which would import torch; a test compares them."""
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -83,18 +86,7 @@ def sample(
             metavar="X", help="Frames per second of the file.", show_default=FROM_PRESET, rich_help_panel=PROMPTS
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME|PATH|hf:OWNER/REPO",
-            help="Weights: a published name, a file or folder, or a repository.",
-            autocompletion=options.model_names,
-            show_default="bundled",
-            rich_help_panel=SETTINGS,
-        ),
-    ] = None,
+    model: options.ModelOpt = None,
     preset: options.PresetOpt = None,
     config: options.ConfigOpt = None,
     set_: options.SetOpt = None,
@@ -118,7 +110,13 @@ def sample(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The method of sampling.", show_default=FROM_PRESET, rich_help_panel=DRAWING),
+        typer.Option(
+            metavar="NAME",
+            help=f"The method: {', '.join(SAMPLERS)}.",
+            autocompletion=lambda: list(SAMPLERS),
+            show_default=FROM_PRESET,
+            rich_help_panel=DRAWING,
+        ),
     ] = None,
     seed: Annotated[
         int | None,
