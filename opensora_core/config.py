@@ -12,7 +12,6 @@ import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -159,11 +158,6 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-@cache
-def _types(group: type[object]) -> dict[str, Any]:
-    return typing.get_type_hints(group)
-
-
 def iterate(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) for every leaf setting, in the order of definition."""
     for item in fields(config):
@@ -198,7 +192,7 @@ def _replace(group: Any, names: list[str], value: Any, path: str) -> Any:
     if rest:
         changed = _replace(getattr(group, head), rest, value, path)
     else:
-        changed = _coerce(value, _types(type(group))[head], path)
+        changed = _coerce(value, typing.get_type_hints(type(group))[head], path)
     return dataclasses.replace(group, **{head: changed})
 
 

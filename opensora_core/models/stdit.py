@@ -74,9 +74,9 @@ class STDiT(CaptionedTransformer):
         caption_dropout: see `LatentTransformer`.
         space_scale: spatial positions are divided by it.
         time_scale: frame positions are divided by it.
-        frame_positions: `published` adds them to what the first temporal attention reads, and nowhere else; that suffices
-            for a model that starts from image weights. `stream` adds them to the embedded patches, as DiT and PixArt
-            do: a model that starts from nothing learns which way things move much sooner.
+        frame_positions: `published` adds them to what the first temporal attention reads, and nowhere else; that
+            suffices for a model that starts from image weights. `stream` adds them to the embedded patches, as DiT and
+            PixArt do, for one that starts from nothing: it has to tell one end of a movement from the other.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
         gradient_checkpointing: see `LatentTransformer`.
