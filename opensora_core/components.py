@@ -109,14 +109,14 @@ def build_text_encoder(config: Config, on_progress: Progress | None = None) -> T
     )
 
 
-def build_vae(config: Config, on_progress: Progress | None = None, device: torch.device | None = None) -> VideoVAE:
-    """The video autoencoder, on its device or the one that is named.
+def build_vae(config: Config, on_progress: Progress | None = None) -> VideoVAE:
+    """The video autoencoder, on its device.
 
     Raises:
         WeightsError, CheckpointError: weights that are missing or do not fit.
         ConfigError, DeviceError: settings that contradict each other or this machine.
     """
-    device = device or resolve_device(config.runtime.device)
+    device = resolve_device(config.runtime.device)
     return vae.load_vae(
         config.vae.kind,
         locate(config, "vae", on_progress).path,

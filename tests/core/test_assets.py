@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 from opensora_core import assets
 from opensora_core.assets import ASSETS, fetch, find, hub, locate
-from opensora_core.assets.locate import Wanted
+from opensora_core.assets.search import Wanted
 from opensora_core.errors import UsageError, WeightsError
 from opensora_core.presets import PRESETS, preset
 
