@@ -153,7 +153,7 @@ def fit(task: Task, train: TrainConfig, folder: Path, *, num_workers: int = 1) -
             norm = nn.utils.clip_grad_norm_(trained, train.grad_clip)
             if not (torch.isfinite(norm) and torch.isfinite(losses["loss"])):
                 raise TrainingError(
-                    f"{task.name}: loss {float(losses['loss'])}, gradient norm {float(norm)} at step {step}",
+                    f"{task.name}: loss {losses['loss'].item()}, gradient norm {norm.item()} at step {step}",
                     f"the checkpoint of step {kept} is whole; lower the rate: --set train.lr={train.lr / 3:g}",
                 )
             lr = set_lr(optimizers, step, train)

@@ -1,0 +1,125 @@
+"""Training on the procedural world: every part, from nothing to a folder that samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opensora_core import world
+from opensora_core.config import Config, with_settings
+from opensora_core.errors import UsageError
+from opensora_core.files import verify_manifest
+from opensora_core.presets import preset
+from opensora_core.training import export, train
+from opensora_core.training.loop import Resumed, TrainProgress
+from opensora_core.training.world import AutoencoderTask, TextTask, make_text_encoder, to_tensor
+from opensora_core.vae.patch import PatchVAE
+
+
+def test_pixels_become_numbers_around_zero() -> None:
+    frames = np.arange(2 * 3 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 3, 4, 5, 3)
+    video = to_tensor(frames)
+    assert video.shape == (2, 3, 3, 4, 5)
+    assert video[1, 2, 0, 3, 4] == frames[1, 0, 3, 4, 2] / 127.5 - 1
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    def frames(seed: int, step: int) -> torch.Tensor:
+        return AutoencoderTask(PatchVAE(), batch_size=2, seed=seed).batch(step)
+
+    assert torch.equal(frames(1, 5), frames(1, 5))
+    assert not torch.equal(frames(1, 5), frames(1, 6))
+    assert not torch.equal(frames(1, 5), frames(2, 5))
+
+
+def test_the_autoencoder_learns() -> None:
+    torch.manual_seed(0)
+    vae = PatchVAE(latent_channels=4, encoder_width=16, encoder_depth=1, decoder_width=16, decoder_depth=1)
+    task = AutoencoderTask(vae, batch_size=2, seed=0)
+    batch, generator = task.batch(0), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-2)
+    seen = []
+    for _ in range(30):
+        losses = task.losses(batch, generator)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(losses["psnr"].item())
+    assert seen[-1] > seen[0] + 6
+    task.measure_statistics(num_batches=1)
+    latents = vae.encode(task.batch(10**9)[:, :, None])
+    assert latents.mean().abs() < 0.1 and 0.8 < latents.std() < 1.2
+
+
+def test_captions_become_labels_with_a_class_for_what_goes_unsaid(tmp_path: Path) -> None:
+    make_text_encoder(tmp_path, width=32, max_length=48, seed=0, num_captions=300)
+    task = TextTask(tmp_path, batch_size=16, seed=0, max_length=48)
+    ids, mask, labels = task.batch(0)
+    assert ids.shape == mask.shape == (16, 48)
+    assert (labels["weather"] == len(world.ATTRIBUTES["weather"])).any()  # most leave clear weather out
+    assert (labels["color"] < len(world.ATTRIBUTES["color"])).all()
+    assert task.tokenizer("naïve 球 !").input_ids[-1] == task.tokenizer.eos_token_id
+    losses = task.losses((ids, mask, labels), torch.Generator())
+    assert losses["loss"].item() == pytest.approx(
+        sum(np.log(len(values) + 1) for values in world.ATTRIBUTES.values()), rel=0.4
+    )
+
+
+SMALL = {
+    "model.hidden_size": 32,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "model.caption_channels": 32,
+    "train.steps": 2,
+    "train.vae_steps": 2,
+    "train.text_steps": 2,
+    "train.batch_size": 2,
+    "train.log_every": 1,
+    "runtime.device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> Config:
+    return with_settings(preset("tiny"), SMALL)
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_model_that_samples(tmp_path: Path, small: Config) -> None:
+    from opensora_core.sampling import Saved, plan, sample
+
+    run = tmp_path / "run"
+    parts = [event.part for event in train(small, output=run) if isinstance(event, TrainProgress)]
+    assert parts == ["vae", "vae", "text", "text", "model", "model"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(UsageError, match="holds a run already"):
+        next(train(small, output=run))
+
+    export(run, tmp_path / "model")
+    verify_manifest(tmp_path / "model")
+    config = with_settings(small, {"model.weights": str(tmp_path / "model"), "sampling.steps": 2})
+    todo = plan(config, ["a red ball"], tmp_path / "out.mp4")
+    assert any(isinstance(event, Saved) for event in sample(config, todo))
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+
+    longer = with_settings(small, {"train.steps": 3})
+    (run / "model.safetensors").unlink()
+    events = list(train(longer, output=run, resume=True))
+    assert isinstance(events[0], Resumed) and events[0].step == 2
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 3
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, small: Config) -> None:
+    with pytest.raises(UsageError, match="unknown data"):
+        next(train(small, output=tmp_path / "a", data="films"))
+    with pytest.raises(UsageError, match="16x64x64"):
+        next(train(with_settings(small, {"video.height": 128}), output=tmp_path / "a"))
+    with pytest.raises(UsageError, match="holds no run"):
+        next(train(small, output=tmp_path / "a", resume=True))
+    with pytest.raises(UsageError, match="not finished"):
+        export(tmp_path, tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
