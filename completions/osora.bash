@@ -12,8 +12,8 @@ _osora() {
         "sample --frames") compopt +o default; return ;;
         "sample --size") compopt +o default; return ;;
         "sample --fps") compopt +o default; return ;;
-        "sample --model"|"sample -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
-        "sample --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "sample --model"|"sample -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
+        "sample --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "sample --config") return ;;
         "sample --set") compopt +o default; return ;;
         "sample --steps") compopt +o default; return ;;
@@ -32,11 +32,11 @@ _osora() {
         "train --batch-size") compopt +o default; return ;;
         "train --lr") compopt +o default; return ;;
         "train --seed") compopt +o default; return ;;
-        "train --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "train --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "train --config") return ;;
         "train --set") compopt +o default; return ;;
         "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
-        "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
+        "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
         "bench --prompts") compopt +o default; return ;;
         "bench --seeds") compopt +o default; return ;;
         "bench --output"|"bench -o") return ;;

@@ -138,6 +138,19 @@ PRESETS: dict[str, Preset] = {
         {**_CLASSES, "model.weights": "latte-xl-2-ucf101", "model.num_classes": 101},
         parent="latte-16x256x256",
     ),
+    "latte-1-16x512x512": Preset(
+        "the published Latte-1: text to video at 512x512 by T5 captions, in diffusers' layout",
+        {
+            "model.family": "latte-1",
+            "model.weights": "latte-1",
+            "model.depth": 56,  # 28 blocks over space and 28 over time
+            "model.base_size": 32,
+            "sampling.sampler": "ddim",
+            "sampling.steps": 50,
+            "sampling.guidance": 7.5,
+        },
+        parent="16x512x512",
+    ),
     "pixart-1x512x512": Preset(
         "PixArt-alpha images of 512x512",
         {

@@ -52,7 +52,7 @@ class Asset:
 BUNDLED = "bundled"
 
 _STDIT, _PIXART, _PIXART_MS = 759_620_768, 610_856_096, 611_349_152
-_DIT, _LATTE = 674_834_720, 673_799_072
+_DIT, _LATTE, _LATTE_1 = 674_834_720, 673_799_072, 1_057_246_880
 _VAE, _T5, _CLIP = 83_653_863, 4_762_310_656, 151_277_313
 _FP32 = 4
 
@@ -129,6 +129,19 @@ ASSETS: dict[str, Asset] = {
             _LATTE * _FP32,
             repo="maxin-cn/Latte",
             preset="latte-16x256x256-class",
+        ),
+        Asset(
+            "latte-1",
+            "Latte-1, text to video at 16x512x512",
+            "model",
+            (
+                "transformer/config.json",
+                "transformer/diffusion_pytorch_model.safetensors|transformer/diffusion_pytorch_model.bin",
+            ),
+            "Apache-2.0",
+            _LATTE_1 * _FP32,
+            repo="maxin-cn/Latte-1",
+            preset="latte-1-16x512x512",
         ),
         _pixart("pixart-256", "PixArt-XL-2-256x256.pth", "PixArt-alpha, images of 256x256", "pixart-1x256x256"),
         _pixart("pixart-sam-256", "PixArt-XL-2-SAM-256x256.pth", "PixArt-alpha, trained on SAM", "pixart-1x256x256"),
