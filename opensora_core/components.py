@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def tune_allocator(device: torch.device) -> None:
 # parts ----------------------------------------------------------------------------------------------------------------
 
 
-def build_text_encoder(config: Config, on_progress: Progress | None = None) -> TextEncoder:
+def build_text_encoder(config: Config) -> TextEncoder:
     """The text encoder, on its device.
 
     Raises:
@@ -97,7 +98,7 @@ def build_text_encoder(config: Config, on_progress: Progress | None = None) -> T
     name = config.text.dtype if config.text.dtype != "auto" else config.runtime.dtype
     path = None
     if config.text.weights:
-        path = locate(config, "text", on_progress).path
+        path = locate(config, "text").path
     return text.load_text_encoder(
         config.text.kind,
         path,
@@ -109,7 +110,7 @@ def build_text_encoder(config: Config, on_progress: Progress | None = None) -> T
     )
 
 
-def build_vae(config: Config, on_progress: Progress | None = None) -> VideoVAE:
+def build_vae(config: Config) -> VideoVAE:
     """The video autoencoder, on its device.
 
     Raises:
@@ -119,7 +120,7 @@ def build_vae(config: Config, on_progress: Progress | None = None) -> VideoVAE:
     device = resolve_device(config.runtime.device)
     return vae.load_vae(
         config.vae.kind,
-        locate(config, "vae", on_progress).path,
+        locate(config, "vae").path,
         scaling_factor=config.vae.scaling_factor,
         micro_batch=config.vae.micro_batch,
         sample_posterior=config.vae.sample_posterior,
@@ -131,7 +132,7 @@ def build_vae(config: Config, on_progress: Progress | None = None) -> VideoVAE:
 
 
 def build_model(
-    config: Config, null_caption: Tensor | None = None, on_progress: Progress | None = None
+    config: Config, null_caption: Tensor | None = None, on_notice: Callable[[str], None] | None = None
 ) -> LatentTransformer:
     """The denoiser with its weights, on its device.
 
@@ -139,7 +140,7 @@ def build_model(
         config: `model.weights` names them; empty gives random ones, which only training and benchmarks want.
         null_caption: (L, E), the text encoder's embedding of the empty caption, for weights that were published without
             a null caption of their own (the layouts of diffusers).
-        on_progress: told of a download.
+        on_notice: told what the user should know about the files.
 
     Raises:
         WeightsError, CheckpointError: weights that are missing, or of another architecture, which is named.
@@ -149,14 +150,17 @@ def build_model(
     dtype = resolve_dtype(config.runtime.dtype, device)
     if not config.model.weights:
         return empty_model(config).to(device, dtype).eval().requires_grad_(False)
-    path = locate(config, "model", on_progress).path
+    path = locate(config, "model").path
     try:
-        converted = convert(read_weights(path).state, config.model.family)
+        weights = read_weights(path)
+        converted = convert(weights.state, config.model.family)
         with torch.device("meta"):
             model = empty_model(config)
         load(model, converted.state, absent=converted.absent)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", error.hint) from error
+    if weights.note and on_notice is not None:
+        on_notice(weights.note)
     if converted.absent:
         if null_caption is None:
             raise WeightsError(
@@ -190,13 +194,16 @@ def build_objective(config: Config) -> Objective:
 def word_of(config: Config, kind: assets.Kind) -> str:
     """What the settings call the weights of a part; for a folder that we exported, its own parts."""
     word = {"model": config.model.weights, "vae": config.vae.weights, "text": config.text.weights}[kind]
-    # an export of ours says "bundled" of its parts if it was trained by the preset of the bundled model
-    if kind != "model" and word == assets.BUNDLED and config.model.weights != assets.BUNDLED:
-        folder = Path(config.model.weights or ".").expanduser()
-        folder = folder if folder.is_dir() else folder.parent
-        if config.model.weights and (folder / kind).is_dir():
-            return str(folder / kind)
-    return word
+    model = config.model.weights
+    if kind == "model" or word != assets.BUNDLED or model in ("", assets.BUNDLED):
+        return word
+    # an export of ours says "bundled" of its parts, which lie beside it
+    if model.startswith("hf:"):
+        path, at, revision = model.partition("@")
+        return "/".join([*path.split("/")[:2], kind]) + at + revision
+    folder = Path(model).expanduser()
+    part = (folder if folder.is_dir() else folder.parent) / kind
+    return str(part) if part.is_dir() else word
 
 
 def locate(config: Config, kind: assets.Kind, on_progress: Progress | None = None) -> Located:

@@ -162,6 +162,8 @@ def choose(names: Iterable[str], place: Place, kind: Kind) -> list[str]:
         raise UsageError(
             f"{where} holds several models: {', '.join(weights[:10])}", f"name one: hf:{place.repo}/{weights[0]}"
         )
+    if folder == "text_encoder":  # a pipeline keeps the tokenizer in a folder of its own
+        inside += [name for name in names if name.startswith("tokenizer/")]
     return [name for name in inside if name.endswith(_DESCRIPTIONS)] + weights
 
 

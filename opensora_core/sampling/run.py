@@ -168,7 +168,10 @@ def _load_drawer(
     config: Config, captions: _Captions, shape: tuple[int, int, int, int], device: torch.device
 ) -> Generator[Event, None, _Drawer]:
     yield Loading(_PARTS["model"])
-    model = components.build_model(config, captions.empty)
+    notes: list[str] = []
+    model = components.build_model(config, captions.empty, notes.append)
+    for note in notes:
+        yield Notice(note)
     model.x_embedder.grid(torch.empty(1, *shape, device="meta"))  # raises where the size does not divide
     if config.runtime.compile:
         model.compile()

@@ -306,6 +306,16 @@ def test_an_export_of_ours_is_fetched_whole():
     assert hub.choose(names, hub.Place("o", "", "main"), "model") == names
 
 
+def test_the_text_encoder_of_a_pipeline_comes_with_its_tokenizer(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    wanted = ["text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"]
+    for name in [*wanted, "model_index.json", "transformer/config.json", "transformer/model.safetensors"]:
+        server.files[f"owner/pipe/{name}"] = b"{}"
+    folder = locate("hf:owner/pipe", kind="text").path
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == wanted
+    assert locate("hf:owner/pipe", kind="text", offline=True).path == folder
+
+
 def test_shards_are_taken_together_and_half_precision_copies_left():
     place = hub.Place("o/r", "", "main")
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

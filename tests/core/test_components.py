@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora_core import components, diffusion, media, sampling
+from opensora_core import components, diffusion, files, media, sampling
 from opensora_core.config import Config, with_settings
 from opensora_core.errors import CheckpointError, ConfigError, DeviceError, InputError, UsageError, WeightsError
 from opensora_core.presets import PRESETS, preset
@@ -70,10 +72,18 @@ def test_pixels_are_not_rounded_to_eight_bits(config):
     assert components.vae_dtype(fp16, torch.device("cuda:0")) == torch.float16
 
 
-def test_the_allocator_is_tuned_only_where_it_is_the_c_library_s():
-    components.tune_allocator(CPU)
+def test_the_allocator_is_tuned_for_runs_on_the_cpu(monkeypatch):
+    calls: list[tuple[int, int]] = []
+    library = type("Library", (), {"mallopt": staticmethod(lambda *arguments: calls.append(arguments))})
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     components.tune_allocator(torch.device("cuda:0"))
-    assert torch.ones(2**20).sum() == 2**20
+    assert calls == []
+    components.tune_allocator(CPU)
+    assert [option for option, _ in calls] == [-1, -3]
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # musl, macOS
+    components.tune_allocator(CPU)
+    assert len(calls) == 2
 
 
 # parts ------------------------------------------------------------------------------------------
@@ -98,6 +108,14 @@ def test_the_file_of_an_export_brings_its_other_parts(config, folder):
     assert components.word_of(config, "vae") == str(folder / "vae")
     assert components.word_of(config, "text") == str(folder / "text")
     assert components.word_of(with_settings(config, {"vae.weights": "sd-vae-ft-mse"}), "vae") == "sd-vae-ft-mse"
+
+
+def test_an_export_on_the_hub_brings_its_other_parts(config):
+    config = with_settings(config, {"model.weights": "hf:owner/repo@v1"})
+    assert components.word_of(config, "vae") == "hf:owner/repo/vae@v1"
+    config = with_settings(config, {"model.weights": "hf:owner/repo/model.safetensors"})
+    assert components.word_of(config, "text") == "hf:owner/repo/text"
+    assert components.word_of(with_settings(config, {"model.weights": "bundled"}), "vae") == "bundled"
 
 
 def test_dtypes_reach_the_parts(config):
@@ -155,6 +173,15 @@ def test_a_published_file_is_converted_and_kept(config, tmp_path):
         model = components.build_model(config)
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert (tmp_path / "x.safetensors").exists()
+
+
+def test_what_the_user_should_know_of_a_file_is_told(config, tmp_path, monkeypatch):
+    _published(config, tmp_path / "x.pth")
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    notes: list[str] = []
+    components.build_model(with_settings(config, {"model.weights": str(tmp_path / "x.pth")}), None, notes.append)
+    assert len(notes) == 1
+    assert "converted anew each time" in notes[0]
 
 
 def test_weights_of_another_architecture_are_named(config, tmp_path):
