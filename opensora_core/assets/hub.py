@@ -163,7 +163,7 @@ def choose(names: Iterable[str], place: Place, kind: Kind) -> list[str]:
             f"{where} holds several models: {', '.join(weights[:10])}", f"name one: hf:{place.repo}/{weights[0]}"
         )
     if folder == "text_encoder":  # a pipeline keeps the tokenizer in a folder of its own
-        inside += [name for name in names if name.startswith("tokenizer/")]
+        inside += [name for name in names if name.startswith("tokenizer/") or name == "model_index.json"]
     return [name for name in inside if name.endswith(_DESCRIPTIONS)] + weights
 
 

@@ -308,8 +308,9 @@ def test_an_export_of_ours_is_fetched_whole():
 
 def test_the_text_encoder_of_a_pipeline_comes_with_its_tokenizer(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    wanted = ["text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"]
-    for name in [*wanted, "model_index.json", "transformer/config.json", "transformer/model.safetensors"]:
+    part = ["text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"]
+    wanted = ["model_index.json", *part]
+    for name in [*wanted, "transformer/config.json", "transformer/model.safetensors"]:
         server.files[f"owner/pipe/{name}"] = b"{}"
     folder = locate("hf:owner/pipe", kind="text").path
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == wanted

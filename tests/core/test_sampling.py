@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(folder: Path) -> Config:
     return tiny_config(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_frames(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    output = tmp_path_factory.mktemp("plain")
+    (saved,) = of(run(tiny_config(folder), PROMPTS[:1], output, format="png"), Saved)
+    return media.read_video(saved.path).frames
 
 
 def run(config: Config, prompts: list[str], output: Path, *, sheet: bool = False, **options: Any) -> list[Any]:
@@ -132,11 +140,10 @@ def test_an_ancestral_sampler_does_not_depend_on_the_batch_either(folder, config
         {"video.width": 32},
     ],
 )
-def test_each_setting_changes_the_frames(changes, config, tmp_path):
-    base = run(config, PROMPTS[:1], tmp_path / "a", format="png")
-    changed = run(with_settings(config, changes), PROMPTS[:1], tmp_path / "b", format="png")
-    first, second = (media.read_video(of(events, Saved)[0].path).frames for events in (base, changed))
-    assert first.shape != second.shape or not np.array_equal(first, second)
+def test_each_setting_changes_the_frames(changes, config, plain_frames, tmp_path):
+    (saved,) = of(run(with_settings(config, changes), PROMPTS[:1], tmp_path, format="png"), Saved)
+    frames = media.read_video(saved.path).frames
+    assert frames.shape != plain_frames.shape or not np.array_equal(frames, plain_frames)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "webp", "png"])
@@ -399,6 +406,30 @@ def test_out_of_memory_comes_with_flags_that_help(error, config, tmp_path, monke
     assert "--offload" not in caught.value.hint
     assert "--batch-size" not in caught.value.hint
     assert "--dtype" not in caught.value.hint
+
+
+def test_a_download_tells_how_far_it_is_and_may_fail(config, tmp_path, monkeypatch):
+    made = sampling.plan(config, PROMPTS[:1], tmp_path)
+    missing = replace(made, weights=tuple(replace(part, path=None) for part in made.weights if part.kind == "vae"))
+    locate = components.locate
+
+    def slowly(config: Config, kind: Any, on_progress: Any = None) -> Any:
+        for done in (1, 2, 3) if on_progress else ():
+            on_progress(done * 10**6, 3 * 10**6)
+        return locate(config, kind)
+
+    monkeypatch.setattr(components, "locate", slowly)
+    events = list(sampling.sample(config, missing))
+    name = components.word_of(config, "vae")
+    assert events[:2] == [Loading("VAE", name), Loading("VAE", f"{name}, 1 MB of 3 MB")]
+    assert isinstance(events[-1], Done)
+
+    def never(*_: Any) -> Any:
+        raise WeightsError("cannot be had")
+
+    monkeypatch.setattr(components, "locate", never)
+    with pytest.raises(WeightsError, match="cannot be had"):
+        list(sampling.sample(config, missing))
 
 
 def test_other_bugs_are_not_taken_for_it(config, tmp_path, monkeypatch):
