@@ -20,6 +20,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+    # OpenMP threads that wait by spinning take the cores from each other, and a run beside another slows tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from opensora_cli.app import run
 

@@ -65,4 +65,4 @@ class Condition:
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(latents (B, C, T, h, w), timestep (B,) float or int in [0, 1000), condition) -> prediction (B, C or 2C, T, h, w)."""
+"""(latents (B, C, T, h, w), timestep (B,) float or int in [0, 1000], condition) -> prediction (B, C or 2C, T, h, w)."""

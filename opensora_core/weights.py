@@ -131,21 +131,22 @@ def _keep(state: dict[str, Tensor], copy: Path, source: str) -> str:
     try:
         require_space(copy, sum(tensor.nbytes for tensor in state.values()))
         with replacing(copy) as part:
-            save_file(_apart(state), part, {_SOURCE: source})
+            save_file(apart(state), part, {_SOURCE: source})
     except (ResourceError, SafetensorError) as error:
         return f"{copy.name} could not be kept beside the weights, so they are converted anew each time: {error}"
     return ""
 
 
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory, as safetensors wants them; only those that do are copied."""
-    apart, taken = {}, set()
+    result: dict[str, Tensor] = {}
+    taken: set[int] = set()
     for key, tensor in state.items():
         storage = tensor.untyped_storage()
         shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken
         taken.add(storage.data_ptr())
-        apart[key] = tensor.clone().contiguous() if shared else tensor.contiguous()
-    return apart
+        result[key] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    return result
 
 
 def _unpickle(file: Path) -> Mapping[str, Any]:

@@ -161,8 +161,10 @@ def export(run: Path, folder: Path) -> None:
     """Make a folder of a finished run that `osora sample --model` takes: bf16 weights, settings, SHA-256 manifest.
 
     Raises:
-        UsageError: the run is not finished.
+        UsageError: the run is not finished, or the folder holds something.
     """
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UsageError(f"{folder} exists and is not empty", "remove it, or choose another --export")
     if not (run / MODEL_FILE).exists():
         raise UsageError(f"the run in {run} is not finished", f"osora train --output {run} --resume")
     from transformers import AutoTokenizer, T5EncoderModel
@@ -174,4 +176,6 @@ def export(run: Path, folder: Path) -> None:
         state = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(run / MODEL_FILE).items()}
         save_file(state, part / MODEL_FILE)
         shutil.copy(run / CONFIG_FILE, part / CONFIG_FILE)
+        for path in part.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for its owner's eyes only
         write_manifest(part)

@@ -27,6 +27,7 @@ from opensora_core.files import (
     write_bytes,
     write_manifest,
 )
+from opensora_core.weights import apart
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def save(folder: Path, saved: Saved, keep: int) -> Path:
             shutil.rmtree(target)
         for name, tensors in (("weights", saved.weights), ("average", saved.average)):
             with replacing(target / f"{name}.safetensors") as part:
-                save_file(_apart(tensors), part)
+                save_file(apart(tensors), part)
         with replacing(target / "optimizers.pt") as part:
             torch.save(saved.optimizers, part)
         write_bytes(target / "state.json", json.dumps({"step": saved.step, **saved.state}).encode())
@@ -68,16 +69,6 @@ def save(folder: Path, saved: Saved, keep: int) -> Path:
             raise refusal(target, error) from error
         raise
     return target
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none of which shares memory with another: safetensors refuses tied weights."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
-        seen.add(tensor.data_ptr())
-    return result
 
 
 def latest(folder: Path) -> tuple[Saved | None, list[str]]:
