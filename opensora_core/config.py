@@ -108,6 +108,7 @@ class SamplingConfig:
     seed: int = 42
     num_samples: int = 1
     batch_size: int = 1
+    batch_invariant: bool = True  # a sample has the same bits in every batch, for what that costs on the device
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def _load_drawer(
     model.x_embedder.grid(torch.empty(1, *shape, device="meta"))  # raises where the size does not divide
     if config.runtime.compile:
         model.compile()
-    steady_layers(model)
+    if config.sampling.batch_invariant:
+        steady_layers(model)
     return _Drawer(config, model, captions, shape, device)
 
 
@@ -191,7 +192,7 @@ class _Drawer:
         device: torch.device,
     ) -> None:
         self.config, self.model, self.captions, self.shape, self.device = config, model, captions, shape, device
-        self.denoiser = SteadyDenoiser(model)
+        self.steady = SteadyDenoiser(model) if config.sampling.batch_invariant else None
         self.objective = components.build_objective(config)
 
     def draw(self, batch: Sequence[Request]) -> Generator[Event, None, Tensor]:
@@ -200,7 +201,7 @@ class _Drawer:
         condition = self.condition(batch)
         draw_noise = NoiseSource([(request.prompt, request.seed) for request in batch], self.shape, self.device)
         steps = diffusion.sample(
-            self.denoiser.of(len(batch)),
+            self.model if self.steady is None else self.steady.of(len(batch)),
             draw_noise(),
             condition,
             self.model.null_condition(condition) if settings.guidance != 1 else None,

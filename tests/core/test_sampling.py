@@ -24,6 +24,7 @@ from opensora_core.errors import (
     UsageError,
     WeightsError,
 )
+from opensora_core.models import LatentTransformer
 from opensora_core.presets import preset
 from opensora_core.sampling import Done, Gallery, Loading, Notice, Plan, Progress, Saved, Sheet
 from opensora_core.sampling.planning import slug
@@ -125,6 +126,20 @@ def test_an_ancestral_sampler_does_not_depend_on_the_batch_either(folder, config
     run(with_settings(config, {"sampling.batch_size": 1}), PROMPTS[1:2], tmp_path / "b", format="png")
     name = "a-blue-cube-at-night-42.png"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_batch_is_computed_at_once_where_bits_may_differ(config, tmp_path, monkeypatch):
+    sizes = []
+    original = LatentTransformer.null_condition
+
+    def note(model, condition):
+        model.register_forward_hook(lambda module, arguments, output: sizes.append(len(output)))
+        return original(model, condition)
+
+    monkeypatch.setattr(LatentTransformer, "null_condition", note)
+    changes = {"sampling.batch_size": 3, "sampling.batch_invariant": False}
+    run(with_settings(config, changes), PROMPTS, tmp_path)
+    assert sizes == [6] * config.sampling.steps
 
 
 @pytest.mark.parametrize(
