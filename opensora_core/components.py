@@ -151,8 +151,8 @@ def build_model(
     if not config.model.weights:
         return empty_model(config).to(device, dtype).eval().requires_grad_(False)
     path = locate(config, "model").path
+    weights = read_weights(path)
     try:
-        weights = read_weights(path)
         converted = convert(weights.state, config.model.family)
         with torch.device("meta"):
             model = empty_model(config)

@@ -73,12 +73,15 @@ PRESETS: dict[str, Preset] = {
             "sampling.batch_size": 4,
             "train.optimizer": "muon",
             "train.lr": 1e-3,
-            "train.batch_size": 64,
-            "train.steps": 2000,
+            "train.batch_size": 32,
+            "train.steps": 2400,
+            "train.vae_steps": 1200,
+            "train.text_steps": 600,
             "train.warmup_steps": 50,
-            "train.decay_fraction": 0.33,
+            "train.decay_fraction": 0.6,  # at the full rate the loss stops falling after 1,000 steps
             "train.ema_decay": 0.999,
             "train.ema_warmup": True,
+            "train.checkpoint_every": 250,
         },
     ),
     "16x256x256": Preset(
