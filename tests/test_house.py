@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from opensora_cli import completion
+from opensora_core import assets
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -91,3 +93,22 @@ def test_documents_show_commands_that_exist() -> None:
         flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
         assert flags <= known[verb] | known[""], f"{place}: no such flag {flags - known[verb] - known['']}"
     assert any(words[:1] == ["sample"] for _, words in shown), "the README shows how to sample"
+
+
+def test_documented_numbers_are_measured_ones() -> None:
+    report = json.loads((ROOT / "docs" / "benchmarks" / "world.json").read_text())
+    measured = {(item["case"], item["metric"]): item["value"] for item in report["measurements"]}
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+)", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE
+    )
+    shown = {(case, metric.strip()): value for case, metric, value in rows}
+    assert shown.keys() == measured.keys()
+    for key, value in shown.items():
+        digits = len(value.partition(".")[2])
+        assert value == f"{measured[key]:.{digits}f}", key
+
+
+def test_every_published_weight_is_documented() -> None:
+    text = (ROOT / "docs" / "weights.md").read_text()
+    missing = [name for name in assets.ASSETS if f"| `{name}` |" not in text]
+    assert not missing
