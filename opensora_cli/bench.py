@@ -62,8 +62,10 @@ def bench(
     if suite not in SUITE_NAMES:
         raise UsageError(f"unknown suite '{suite}'", nearest(suite, SUITE_NAMES))
     preset, saved = options.base(None, model)
-    flags = {"model.weights": model, "runtime.device": device, "sampling.batch_size": 16}
-    settings, _ = options.resolve(preset, config, set_, flags, saved)
+    flags = {"model.weights": model, "runtime.device": device}
+    # larger batches than a user wants, unless one says otherwise: nobody waits for the first sample
+    words = ["sampling.batch_size=16", *(set_ or [])]
+    settings, _ = options.resolve(preset, config, words, flags, saved)
     if quick:
         prompts, seeds = min(prompts, QUICK_PROMPTS), 1
 

@@ -109,6 +109,8 @@ def train(
 
     from opensora_core import training
 
+    if export is not None:
+        training.check_export(export)
     console.follow(training.train(settings, output=output, data=data, resume=resume))
     if export is not None:
         training.export(output, export)

@@ -20,7 +20,7 @@ from opensora_core.training.loop import CheckpointSaved, Event, Resumed, Task, T
 from opensora_core.training.world import AutoencoderTask, DenoiserTask, TextTask, make_text_encoder
 from opensora_core.vae.patch import PatchVAE
 
-__all__ = ["CheckpointSaved", "Event", "Resumed", "TrainProgress", "export", "train"]
+__all__ = ["CheckpointSaved", "Event", "Resumed", "TrainProgress", "check_export", "export", "train"]
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
@@ -157,14 +157,23 @@ class _WholeFolder:
             shutil.rmtree(self.part, ignore_errors=True)
 
 
+def check_export(folder: Path) -> None:
+    """Check that an export may go to a folder; worth asking before a training run, not after it.
+
+    Raises:
+        UsageError: the folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UsageError(f"{folder} exists and is not empty", "remove it, or choose another --export")
+
+
 def export(run: Path, folder: Path) -> None:
     """Make a folder of a finished run that `osora sample --model` takes: bf16 weights, settings, SHA-256 manifest.
 
     Raises:
         UsageError: the run is not finished, or the folder holds something.
     """
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UsageError(f"{folder} exists and is not empty", "remove it, or choose another --export")
+    check_export(folder)
     if not (run / MODEL_FILE).exists():
         raise UsageError(f"the run in {run} is not finished", f"osora train --output {run} --resume")
     from transformers import AutoTokenizer, T5EncoderModel

@@ -14,7 +14,7 @@ import pytest
 import opensora_core
 from opensora_cli.app import run
 from opensora_core.config import Config, to_dict, with_settings
-from opensora_core.errors import Stopped
+from opensora_core.errors import Stopped, UsageError
 from opensora_core.presets import preset
 
 
@@ -51,6 +51,11 @@ class Recorder:
         yield CheckpointSaved("model", 10, output / "checkpoints")
         if self.stopped:
             raise Stopped("stopped after step 10", "repeat it with --resume", 15)
+
+    def check_export(self, folder: Path) -> None:
+        assert not self.options, "asked before the run, not after it"
+        if folder.name == "full":
+            raise UsageError(f"{folder} exists and is not empty")
 
     def export(self, run: Path, folder: Path) -> None:
         self.exported.append((run, folder))
@@ -121,3 +126,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(core: Recorder, capsys: pytest.
     assert run(["train", "--export", "nowhere"]) == 143
     assert capsys.readouterr().err.endswith("error: stopped after step 10\n hint: repeat it with --resume\n")
     assert core.exported == []
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_run(core: Recorder, tmp_path: Path) -> None:
+    assert run(["train", "--output", str(tmp_path / "run"), "--export", str(tmp_path / "full")]) == 2
+    assert not core.options and not core.exported

@@ -14,7 +14,7 @@ from opensora_core.config import Config, with_settings
 from opensora_core.errors import UsageError
 from opensora_core.files import verify_manifest
 from opensora_core.presets import preset
-from opensora_core.training import export, train
+from opensora_core.training import check_export, export, train
 from opensora_core.training.loop import Resumed, TrainProgress
 from opensora_core.training.world import AutoencoderTask, TextTask, make_text_encoder, to_tensor
 from opensora_core.vae.patch import PatchVAE
@@ -122,4 +122,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, small: Config) -> Non
         next(train(small, output=tmp_path / "a", resume=True))
     with pytest.raises(UsageError, match="not finished"):
         export(tmp_path, tmp_path / "b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        check_export(tmp_path / "full")
+    check_export(tmp_path / "new")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
