@@ -24,6 +24,7 @@ from opensora_core import components, sampling, world
 from opensora_core.bench.measurement import Event, Measurement
 from opensora_core.config import Config, with_settings
 from opensora_core.media import read_video, to_uint8
+from opensora_core.training.world import to_tensor
 
 SPLITS: tuple[Literal["seen", "held-out"], ...] = ("seen", "held-out")
 TOGETHER = ("color", "shape", "motion")
@@ -82,7 +83,7 @@ def _measure_vae(config: Config, num_clips: int) -> Iterator[Measurement]:
         rng = np.random.default_rng([10**6, index])
         scene = world.draw_scene(rng, "held-out" if index % 2 else "seen")
         frames = world.render(scene, rng)
-        video = torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1
+        video = to_tensor(frames)[None]
         with torch.no_grad():
             decoded = to_uint8(vae.decode(vae.encode(video.to(device)))[0])
         error = np.mean((decoded.astype(np.float64) - frames) ** 2)
@@ -101,14 +102,13 @@ def _measure_split(split: str, results: list[tuple[world.Scene, Frames]]) -> Ite
     together = _share(all(right[name] for name in TOGETHER) for right in read)
     yield Measurement(split, "color, shape and motion together", together, "share", count)
     yield Measurement(split, "everything", _share(all(right.values()) for right in read), "share", count)
-    smooth = [_is_smooth(world.track(frames)) for scene, frames in results if scene.motion in _LINEAR]
+    tracks = [world.track(frames) for _, frames in results]
+    smooth = [_is_smooth(track) for (scene, _), track in zip(results, tracks, strict=True) if scene.motion in _LINEAR]
     yield Measurement(split, f"no jump beyond {_JUMP_LIMIT} x the median step", _share(smooth), "share", len(smooth))
     still = [
         change
-        for scene, frames in results
-        if scene.weather == "clear"
-        and scene.ground != "sea"
-        and (change := _flicker(frames, world.track(frames))) is not None
+        for (scene, frames), track in zip(results, tracks, strict=True)
+        if scene.weather == "clear" and scene.ground != "sea" and (change := _flicker(frames, track)) is not None
     ]
     if still:
         yield Measurement(split, "flicker of a still background", float(np.mean(still)), "levels of 255", len(still))

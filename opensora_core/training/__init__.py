@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from opensora_core import components
 from opensora_core.config import Config, TrainConfig, to_dict, with_settings
-from opensora_core.errors import InputError, UsageError
+from opensora_core.errors import ConfigError, InputError, UsageError
 from opensora_core.files import replacing, write_bytes, write_manifest
 from opensora_core.text import load_text_encoder
 from opensora_core.training.loop import CheckpointSaved, Event, Resumed, Task, TrainProgress, fit
@@ -70,6 +70,13 @@ def _check(config: Config) -> None:
     if size != (world.NUM_FRAMES, world.SIZE, world.SIZE):
         shown = "x".join(map(str, size))
         raise InputError(f"the world is 16x64x64, not {shown}", "use --preset tiny")
+    runtime = config.runtime
+    if runtime.dtype not in ("auto", "fp32") or runtime.compile or runtime.offload:
+        raise ConfigError(
+            "this trainer computes in fp32, neither compiled nor offloaded, but the settings say "
+            f"dtype {runtime.dtype}, compile {runtime.compile}, offload {runtime.offload}",
+            "leave runtime.dtype, runtime.compile and runtime.offload as they are",
+        )
     if (config.vae.kind, config.text.kind) != ("patch", "t5"):
         raise InputError(
             f"only a 'patch' VAE and a 't5' text encoder are trained from nothing, "
@@ -87,9 +94,10 @@ def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[E
         return
     torch.manual_seed(config.train.seed)
     vae = PatchVAE(latent_channels=config.model.in_channels).to(device)
-    task = AutoencoderTask(vae, batch_size=12, seed=config.train.seed)
     settings = {"steps": config.train.vae_steps, "batch_size": 12, "lr": 2e-3, "warmup_steps": 30}
-    yield from _fit(task, with_settings(config.train, settings), output)
+    recipe = with_settings(config.train, settings)
+    task = AutoencoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
+    yield from _fit(task, recipe, output)
     vae.cpu().eval()
     task.measure_statistics()
     with _WholeFolder(output / "vae") as folder:
@@ -108,10 +116,11 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
                 max_length=config.model.caption_length,
                 seed=config.train.seed,
             )
-    task = TextTask(start, batch_size=128, seed=config.train.seed, max_length=config.model.caption_length)
-    task.module.to(device)
     settings = {"steps": config.train.text_steps, "batch_size": 128, "lr": 2e-3, "warmup_steps": 50}
-    yield from _fit(task, with_settings(config.train, settings), output)
+    recipe = with_settings(config.train, settings)
+    task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=config.model.caption_length)
+    task.module.to(device)
+    yield from _fit(task, recipe, output)
     with _WholeFolder(output / "text") as folder:
         task.encoder.cpu().save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)

@@ -118,6 +118,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, small: Config) -> Non
         next(train(small, output=tmp_path / "a", data="films"))
     with pytest.raises(UsageError, match="16x64x64"):
         next(train(with_settings(small, {"video.height": 128}), output=tmp_path / "a"))
+    for setting in ({"runtime.dtype": "bf16"}, {"runtime.compile": True}, {"runtime.offload": True}):
+        with pytest.raises(UsageError, match="fp32"):
+            next(train(with_settings(small, setting), output=tmp_path / "a"))
     with pytest.raises(UsageError, match="holds no run"):
         next(train(small, output=tmp_path / "a", resume=True))
     with pytest.raises(UsageError, match="not finished"):
