@@ -93,7 +93,7 @@ def train(
     on with --resume as if it had never been.
     """
     flags: dict[str, Any] = {
-        "train.steps": steps,
+        "train.max_steps": steps,
         "train.batch_size": batch_size,
         "train.lr": lr,
         "train.seed": seed,

@@ -19,6 +19,9 @@ from opensora_core.errors import ConfigError, InputError, nearest
 
 T = TypeVar("T")
 
+RENAMED = {"train.steps": "train.max_steps"}
+"""Settings that files of earlier releases hold under another name."""
+
 
 @dataclass(frozen=True)
 class VideoConfig:
@@ -61,6 +64,8 @@ class ModelConfig:
     base_size: int = 0  # PixArt: side in patches of the square grid that positions are rescaled to; 0 = int(sqrt(S))
     qk_norm: bool = False
     attention: str = "auto"
+    lora: str = ""  # a folder or run with an adapter, merged into the weights for sampling
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,26 +117,74 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained. `lr` is AdamW's; matrices under `optimizer = "muon"` use `muon_lr`."""
+class DataConfig:
+    """Which clips are learned from, and what becomes of their frames.
 
-    steps: int = 1000
+    `source` is a manifest, a folder of clips or `world`. `buckets` lists the sizes that clips are brought to, such as
+    `16x256x256 16x192x336 1x512x512:32` (frames x height x width, and a batch size where the token budget is not to
+    decide), or `auto` for the usual aspect ratios; empty is the one size of `video`.
+    """
+
+    source: str = ""
+    frame_choice: Literal["interval", "fps", "published"] = "interval"
+    resize: Literal["antialiased", "published"] = "antialiased"
+    flip: Literal["unless-sided", "never", "always"] = "unless-sided"  # half of the clips, but never a left or right
+    buckets: str = ""
+    tokens_per_batch: int = 0  # 0 is what train.batch_size clips of the size of `video` have
+    max_upscale: float = 1.25  # how much smaller than its bucket a clip may be
+    max_rejects: float = 0.05  # the share of broken clips beyond which a run stops
+    allow_no_caption: bool = False
+    decode_threads: int = 1
+    cache: str = ""  # a folder for VAE moments and caption embeddings; empty encodes at every step
+    cache_variants: int = 1  # choices of frames that are kept per clip
+    cache_dtype: Literal["fp16", "fp32"] = "fp16"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. `lr` is AdamW's; matrices under `optimizer = "muon"` use `muon_lr`.
+
+    `init` names the weights to start from, as `--model` does; empty starts from nothing.
+    """
+
+    init: str = ""
+    max_steps: int = 1000
     vae_steps: int = 2000  # of the parts that come before the denoiser when everything is trained from nothing
     text_steps: int = 1000
     batch_size: int = 8
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    optimizer: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
     lr: float = 2e-5
     muon_lr: float = 0.02
     weight_decay: float = 0.0
     warmup_steps: int = 0
-    decay_fraction: float = 0.0  # the last part of the run, in which the learning rate falls linearly to zero
+    decay: Literal["linear", "cosine"] = "linear"
+    decay_fraction: float = 0.0  # the last part of the run, in which the learning rate falls to zero
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
     ema_warmup: bool = False
+    trainable: Literal["all", "temporal-only", "all-but-text"] = "all"
+    lora_rank: int = 0  # above 0 trains an adapter of that rank instead of the weights
+    lora_alpha: float = 0.0  # its weight times its rank; 0 is the rank itself
+    recompute: float = 0.0  # share of the blocks that recompute their activations: time for memory
     seed: int = 42
+    num_workers: int = 1
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    wandb: str = ""  # a project of Weights & Biases to report to
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is measured and shown on the way: fixed clips, noise and timesteps; prompts, one a line or parted by `|`."""
+
+    every: int = 0
+    data: str = ""  # clips of their own; empty holds some of the training data out
+    num_clips: int = 16
+    num_bins: int = 5
+    sample_every: int = 0
+    prompts: str = ""  # empty takes the captions of the validation clips
 
 
 @dataclass(frozen=True)
@@ -155,7 +208,9 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -280,7 +335,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is not a table of settings")
-    return flatten(tree)
+    return {RENAMED.get(name, name): value for name, value in flatten(tree).items()}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
             "train.optimizer": "muon",
             "train.lr": 1e-3,
             "train.batch_size": 32,
-            "train.steps": 2400,
+            "train.max_steps": 2400,
             "train.vae_steps": 1200,
             "train.text_steps": 600,
             "train.warmup_steps": 50,

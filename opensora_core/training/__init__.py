@@ -94,7 +94,7 @@ def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[E
         return
     torch.manual_seed(config.train.seed)
     vae = PatchVAE(latent_channels=config.model.in_channels).to(device)
-    settings = {"steps": config.train.vae_steps, "batch_size": 12, "lr": 2e-3, "warmup_steps": 30}
+    settings = {"max_steps": config.train.vae_steps, "batch_size": 12, "lr": 2e-3, "warmup_steps": 30}
     recipe = with_settings(config.train, settings)
     task = AutoencoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
     yield from _fit(task, recipe, output)
@@ -116,7 +116,7 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
                 max_length=config.model.caption_length,
                 seed=config.train.seed,
             )
-    settings = {"steps": config.train.text_steps, "batch_size": 128, "lr": 2e-3, "warmup_steps": 50}
+    settings = {"max_steps": config.train.text_steps, "batch_size": 128, "lr": 2e-3, "warmup_steps": 50}
     recipe = with_settings(config.train, settings)
     task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=config.model.caption_length)
     task.module.to(device)

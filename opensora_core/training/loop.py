@@ -99,7 +99,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def fit(task: Task, train: TrainConfig, folder: Path, *, num_workers: int = 1) -> Iterator[Event]:
-    """Train a task to `train.steps`, from its newest checkpoint if it has one.
+    """Train a task to `train.max_steps`, from its newest checkpoint if it has one.
 
     Args:
         task: what to train; its module is left with the averaged weights.
@@ -136,9 +136,9 @@ def fit(task: Task, train: TrainConfig, folder: Path, *, num_workers: int = 1) -
         return CheckpointSaved(task.name, step, checkpoint.save(folder, content, train.keep_checkpoints))
 
     loader: DataLoader[Any] = DataLoader(
-        _Batches(task, train.steps),
+        _Batches(task, train.max_steps),
         batch_size=None,
-        sampler=range(step, train.steps),
+        sampler=range(step, train.max_steps),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_leave_signals_to_parent,
@@ -164,23 +164,23 @@ def fit(task: Task, train: TrainConfig, folder: Path, *, num_workers: int = 1) -
             step += 1
             for name, value in {**losses, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-            if step % train.log_every == 0 or step == train.steps:
+            if step % train.log_every == 0 or step == train.max_steps:
                 seconds, num_steps = time.monotonic() - started, step - reported
                 yield TrainProgress(
                     part=task.name,
                     step=step,
-                    total=train.steps,
+                    total=train.max_steps,
                     metrics={name: value / num_steps for name, value in sums.items()},
                     lr=lr,
                     clips_per_second=num_steps * train.batch_size / seconds,
-                    seconds_left=(train.steps - step) * seconds / num_steps,
+                    seconds_left=(train.max_steps - step) * seconds / num_steps,
                 )
                 sums, started, reported = {}, time.monotonic(), step
-            if step % train.checkpoint_every == 0 or step == train.steps or stop:
+            if step % train.checkpoint_every == 0 or step == train.max_steps or stop:
                 yield save()
                 kept = step
-            if stop and step < train.steps:
-                message = f"{task.name}: stopped after step {step} of {train.steps}; nothing is lost"
+            if stop and step < train.max_steps:
+                message = f"{task.name}: stopped after step {step} of {train.max_steps}; nothing is lost"
                 raise Stopped(message, "repeat the command with --resume to go on", stop[0])
     ema.apply()
 

@@ -37,9 +37,9 @@ def build_optimizers(module: nn.Module, train: TrainConfig) -> list[Optimizer]:
 def lr_factor(step: int, train: TrainConfig) -> float:
     """The share of the peak learning rate at a step (0-based): linear warm-up, plateau, linear decay to zero."""
     factor = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-    decay_steps = round(train.steps * train.decay_fraction)
+    decay_steps = round(train.max_steps * train.decay_fraction)
     if decay_steps:
-        factor = min(factor, (train.steps - step) / decay_steps)
+        factor = min(factor, (train.max_steps - step) / decay_steps)
     return factor
 
 

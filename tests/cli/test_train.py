@@ -79,7 +79,7 @@ def test_the_tiny_preset_is_the_default(core: Recorder) -> None:
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        (["--steps", "7"], {"train.steps": 7}),
+        (["--steps", "7"], {"train.max_steps": 7}),
         (["--batch-size", "3"], {"train.batch_size": 3}),
         (["--lr", "1e-4"], {"train.lr": 1e-4}),
         (["--seed", "5"], {"train.seed": 5}),
@@ -93,7 +93,7 @@ def test_each_flag_changes_its_setting(words: list[str], changes: dict[str, Any]
 
 
 def test_a_resumed_run_keeps_its_settings(core: Recorder, tmp_path: Path) -> None:
-    started = with_settings(preset("tiny"), {"train.steps": 123, "model.depth": 2})
+    started = with_settings(preset("tiny"), {"train.max_steps": 123, "model.depth": 2})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(started)))
     assert run(["train", "--output", str(tmp_path), "--resume", "--device", "cpu"]) == 0
     assert core.config == with_settings(started, {"runtime.device": "cpu"})

@@ -25,8 +25,8 @@ from opensora_core.presets import PRESETS, lineage, preset, resolve
     ("path", "word", "value"),
     [
         ("train.lr", "1e-4", 1e-4),
-        ("train.steps", "20", 20),
-        ("train.steps", 20.0, 20),
+        ("train.max_steps", "20", 20),
+        ("train.max_steps", 20.0, 20),
         ("model.patch_size", "2x2x2", (2, 2, 2)),
         ("model.patch_size", [1, 4, 4], (1, 4, 4)),
         ("runtime.compile", "yes", True),
@@ -42,8 +42,8 @@ def test_words_become_the_setting_s_type(path: str, word: object, value: object)
 @pytest.mark.parametrize(
     ("path", "word"),
     [
-        ("train.steps", "2.5"),
-        ("train.steps", True),
+        ("train.max_steps", "2.5"),
+        ("train.max_steps", True),
         ("train.lr", "nan"),
         ("train.lr", "fast"),
         ("runtime.compile", "maybe"),
@@ -62,7 +62,7 @@ def test_a_wrong_value_is_named_with_its_path(path: str, word: object) -> None:
 def test_an_unknown_path_offers_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         with_settings(Config(), {"train.stepz": 1})
-    assert "train.steps" in caught.value.hint
+    assert "train.max_steps" in caught.value.hint
 
 
 def test_settings_need_an_equals_sign() -> None:
@@ -93,11 +93,11 @@ def test_later_sources_win_and_are_remembered(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[train]\nlr = 1e-3\nsteps = 7\n")
     config, origins = resolve(
-        "tiny", file, {"train.steps": "8"}, {"sampling.seed": 3, "sampling.steps": None}, {"train.batch_size": 5}
+        "tiny", file, {"train.max_steps": "8"}, {"sampling.seed": 3, "sampling.steps": None}, {"train.batch_size": 5}
     )
-    assert (config.train.lr, config.train.steps, config.sampling.seed) == (1e-3, 8, 3)
+    assert (config.train.lr, config.train.max_steps, config.sampling.seed) == (1e-3, 8, 3)
     assert origins["train.lr"] == str(file)
-    assert origins["train.steps"] == "--set"
+    assert origins["train.max_steps"] == "--set"
     assert origins["sampling.seed"] == "flag"
     assert origins["sampling.steps"] == "preset tiny"
     assert origins["vae.tiling"] == "default"

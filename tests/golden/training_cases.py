@@ -94,7 +94,7 @@ def train(case: Case) -> None:
     config, history = case.config, case.config["history"]
     assert config["betas"] == [0.9, 0.999] and config["eps"] == 1e-8, "other moments are not a setting of ours"
     settings = TrainConfig(
-        steps=len(history),
+        max_steps=len(history),
         batch_size=len(case.io["step0.x"]),
         optimizer="adamw",
         lr=config["lr"],

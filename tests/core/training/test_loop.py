@@ -18,7 +18,7 @@ from opensora_core.training import checkpoint
 from opensora_core.training.loop import CheckpointSaved, Event, Resumed, TrainProgress, fit
 
 SETTINGS = TrainConfig(
-    steps=6, batch_size=4, optimizer="muon", lr=1e-2, warmup_steps=2, decay_fraction=0.5, ema_decay=0.9, log_every=1
+    max_steps=6, batch_size=4, optimizer="muon", lr=1e-2, warmup_steps=2, decay_fraction=0.5, ema_decay=0.9, log_every=1
 )
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: s
 
 
 def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, **{"steps": 2})
+    run(tmp_path, **{"max_steps": 2})
     before = sorted(tmp_path.rglob("*"))
 
     def full(*arguments: object) -> None:
@@ -139,7 +139,7 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(Exception, match="no space left"):
-        run(tmp_path, **{"steps": 4})
+        run(tmp_path, **{"max_steps": 4})
     assert sorted(tmp_path.rglob("*")) == before
 
 

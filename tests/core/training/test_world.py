@@ -74,7 +74,7 @@ SMALL = {
     "model.depth": 1,
     "model.num_heads": 2,
     "model.caption_channels": 32,
-    "train.steps": 2,
+    "train.max_steps": 2,
     "train.vae_steps": 2,
     "train.text_steps": 2,
     "train.batch_size": 2,
@@ -106,7 +106,7 @@ def test_from_nothing_to_a_model_that_samples(tmp_path: Path, small: Config) -> 
     assert any(isinstance(event, Saved) for event in sample(config, todo))
     assert (tmp_path / "out.mp4").stat().st_size > 0
 
-    longer = with_settings(small, {"train.steps": 3})
+    longer = with_settings(small, {"train.max_steps": 3})
     (run / "model.safetensors").unlink()
     events = list(train(longer, output=run, resume=True))
     assert isinstance(events[0], Resumed) and events[0].step == 2
