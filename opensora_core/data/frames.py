@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -59,3 +60,27 @@ def published_indices(total: int, num_frames: int, frame_interval: int, rng: ran
     """
     crop = published_crop(total, num_frames, frame_interval, rng)
     return [int(index) for index in np.floor(np.linspace(crop.start, crop.stop - 1, num_frames))]
+
+
+def at_rate(total: int, num_frames: int, clip_fps: float, fps: float, rng: random.Random) -> list[int]:
+    """Choose the frames nearest to begin, begin + 1 / fps, ... so that clips of all rates move at the same speed.
+
+    Args:
+        total: number of frames of the video.
+        num_frames: how many to choose.
+        clip_fps: rate of the video; where it is lower than `fps`, frames repeat.
+        fps: rate of the sample.
+        rng: draws the begin; one number is taken.
+
+    Raises:
+        InputError: the video is shorter than the span of the sample.
+    """
+    step = clip_fps / fps
+    span = math.ceil((num_frames - 1) * step) + 1
+    if total < span:
+        raise InputError(
+            f"{num_frames} frames at {fps:g} per second span {span} of a video at {clip_fps:g}, which has {total}",
+            "lower video.num_frames or raise the rate, or leave the video out",
+        )
+    begin = rng.randint(0, total - span)
+    return [begin + int(index * step + 0.5) for index in range(num_frames)]

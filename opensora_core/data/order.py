@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def epoch_order(
@@ -38,3 +44,84 @@ def epoch_order(
     each = -(-num_samples // world_size)
     dealt = torch.arange(rank, each * world_size, world_size) % num_samples
     return [int(index) for index in order[dealt[start:]]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the order: `position` of its bucket's endless walk, which is clip `index` in walk number `epoch`."""
+
+    bucket: int
+    position: int
+    epoch: int
+    index: int
+
+
+class BatchOrder:
+    """Which clips make the batch of a step: a pure function of (seed, step), whoever asks.
+
+    Each bucket is walked through again and again, in another order each time, and nothing is dropped or padded: a batch
+    may end one walk and begin the next. Epoch e has the batches that the buckets fill in it, in a drawn order.
+
+    Args:
+        members: the clips of each bucket; at least one bucket has one.
+        batch_sizes: clips of a batch, per bucket.
+        seed: of the run.
+    """
+
+    def __init__(self, members: Sequence[Sequence[int]], batch_sizes: Sequence[int], seed: int) -> None:
+        assert any(len(clips) for clips in members) and all(size > 0 for size in batch_sizes)
+        self.members = [np.asarray(clips, dtype=np.int64) for clips in members]
+        self.batch_sizes = tuple(batch_sizes)
+        self.seed = seed
+        # the last walk of each bucket and the last epoch's batches: a batch may need two walks, neighbours the same
+        self._walks: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
+
+    def batch(self, step: int) -> list[Slot]:
+        """The slots of a step's batch, all of one bucket."""
+        epoch = self.epoch_of(step)
+        bucket, number = self._batches(epoch)[step - self._before(epoch)]
+        size = self.batch_sizes[bucket]
+        return [self.slot(bucket, number * size + place) for place in range(size)]
+
+    def slot(self, bucket: int, position: int) -> Slot:
+        """The clip at a position of a bucket's endless walk."""
+        epoch, place = divmod(position, len(self.members[bucket]))
+        return Slot(bucket, position, epoch, int(self._walk(bucket, epoch)[place]))
+
+    def next_in_order(self, slot: Slot) -> Slot:
+        """The slot after this one, which stands in where this one's clip is broken."""
+        return self.slot(slot.bucket, slot.position + 1)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step lies in."""
+        high = 1
+        while self._before(high) <= step:
+            high *= 2
+        return bisect_right(range(high + 1), step, key=self._before) - 1
+
+    def _before(self, epoch: int) -> int:
+        """Batches of all epochs before one."""
+        return sum(epoch * len(clips) // size for clips, size in zip(self.members, self.batch_sizes, strict=True))
+
+    def _batches(self, epoch: int) -> list[tuple[int, int]]:
+        """The batches of an epoch as (bucket, number in that bucket)."""
+        if self._epoch[0] != epoch:
+            batches = [
+                (bucket, number)
+                for bucket, (clips, size) in enumerate(zip(self.members, self.batch_sizes, strict=True))
+                for number in range(epoch * len(clips) // size, (epoch + 1) * len(clips) // size)
+            ]
+            if len(self.members) > 1:
+                drawn = np.random.default_rng([self.seed, 1, epoch]).permutation(len(batches))
+                batches = [batches[index] for index in drawn]
+            self._epoch = (epoch, batches)
+        return self._epoch[1]
+
+    def _walk(self, bucket: int, epoch: int) -> NDArray[np.int64]:
+        if (bucket, epoch) not in self._walks:
+            clips = self.members[bucket]
+            drawn = np.random.default_rng([self.seed, 0, bucket, epoch]).permutation(len(clips))
+            self._walks = {key: walk for key, walk in self._walks.items() if key[0] != bucket or key[1] == epoch - 1}
+            self._walks[bucket, epoch] = clips[drawn]
+        return self._walks[bucket, epoch]

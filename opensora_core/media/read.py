@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.stream import Discard, Disposition
+from av.video.stream import VideoStream
 from PIL import ExifTags, Image
 
 from opensora_core.errors import InputError
@@ -17,6 +22,16 @@ from opensora_core.media.pixels import Frames
 # a file may name other files or addresses (playlists, ffconcat): only containers that hold their own pictures are read
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a single file may cost. Every refusal names the limit that it ran into."""
+
+    max_pixels: int = 8192 * 4320  # of one frame
+    max_frames: int = 200_000  # that are looked at in one call, whether wanted or passed over
+    max_bytes: int = 2**31  # of the frames that one call returns
+    max_seconds: float = 3600.0  # of wall time for one call, so that no file can stall a loader for good
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,7 @@ def read_video(path: Path, max_bytes: int = 2**30) -> Video:
     Raises:
         InputError: the file is missing, is no video, is torn, or is larger than `max_bytes` once decoded.
     """
-    if not path.is_file():  # a folder, a FIFO or a device would hang or surprise the decoder
-        raise InputError(f"no such video file: {path}")
+    require_file(path)
     try:
         read = _read_pictures if path.suffix.lower() in (".gif", ".webp", ".png") else _read_container
         return read(path, max_bytes)
@@ -47,12 +61,57 @@ def read_video(path: Path, max_bytes: int = 2**30) -> Video:
         raise InputError(f"cannot read {path} as a video: {error}") from error
 
 
-def _read_container(path: Path, max_bytes: int) -> Video:
-    # "file:" keeps a name such as "concat:a|b" a name
-    with av.open(f"file:{path}", options=_OPTIONS) as container:
-        if not container.streams.video:
+def require_file(path: Path) -> None:
+    """Check that a path is a regular file: a folder, a FIFO or a device would hang or surprise a decoder.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        regular = path.is_file()
+    except OSError:  # such as a name that is too long
+        regular = False
+    if not regular:
+        raise InputError(f"no such video file: {path}")
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int = Limits.max_pixels) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a container and its first video stream that is not a cover picture; close it whatever happens.
+
+    Only containers that hold their own pictures are opened, and only from disk. Streams beside the video are not read.
+
+    Raises:
+        InputError: no regular file, no container that we read, no video in it, or frames of more than `max_pixels`.
+        av.FFmpegError: what the decoder has against the file later on.
+    """
+    require_file(path)
+    try:
+        # "file:" keeps a name such as "concat:a|b" a name
+        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} as a video: {error}") from error
+    with container:
+        pictures = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not pictures:
             raise InputError(f"{path} has no video stream")
-        stream = container.streams.video[0]
+        stream = pictures[0]
+        if stream.codec_context is None:
+            raise InputError(f"{path} is in a video format that has no decoder here")
+        if stream.width * stream.height > max_pixels:
+            raise InputError(
+                f"{path} has frames of {stream.width} x {stream.height}, more than max_pixels={max_pixels}",
+                "scale it down first, or raise the limit",
+            )
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        for other in container.streams:
+            if other is not stream:
+                other.discard = Discard.all
+        yield container, stream
+
+
+def _read_container(path: Path, max_bytes: int) -> Video:
+    with opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         size = stream.height * stream.width * 3
         frames: list[Frames] = []
