@@ -13,7 +13,8 @@ _osora() {
         "sample --size") compopt +o default; return ;;
         "sample --fps") compopt +o default; return ;;
         "sample --model"|"sample -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
-        "sample --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "sample --lora") return ;;
+        "sample --preset") COMPREPLY=($(compgen -W 'tiny 1x256x256 1x512x512 16x256x256 16x256x256-hq 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "sample --config") return ;;
         "sample --set") compopt +o default; return ;;
         "sample --steps") compopt +o default; return ;;
@@ -25,17 +26,28 @@ _osora() {
         "sample --format") COMPREPLY=($(compgen -W 'mp4 gif webp png' -- "$current")); compopt +o default; return ;;
         "sample --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "sample --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
-        "train --output"|"train -o") return ;;
-        "train --export") return ;;
         "train --data") COMPREPLY=($(compgen -W 'world' -- "$current")); compopt +o default; return ;;
+        "train --cache") return ;;
+        "train --max-rejects") compopt +o default; return ;;
+        "train --stage") COMPREPLY=($(compgen -W '1 2 3' -- "$current")); compopt +o default; return ;;
+        "train --recipe") COMPREPLY=($(compgen -W 'three-stages' -- "$current")); compopt +o default; return ;;
+        "train --init") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
         "train --steps") compopt +o default; return ;;
         "train --batch-size") compopt +o default; return ;;
         "train --lr") compopt +o default; return ;;
+        "train --lora-rank") compopt +o default; return ;;
         "train --seed") compopt +o default; return ;;
-        "train --preset") COMPREPLY=($(compgen -W 'tiny 16x256x256 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "train --preset") COMPREPLY=($(compgen -W 'tiny 1x256x256 1x512x512 16x256x256 16x256x256-hq 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "train --config") return ;;
         "train --set") compopt +o default; return ;;
+        "train --output"|"train -o") return ;;
+        "train --resume") compopt +o default; return ;;
+        "train --keep") compopt +o default; return ;;
+        "train --export") return ;;
+        "train --dry-run") compopt +o default; return ;;
+        "train --write-manifest") return ;;
         "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+        "train --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
         "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
         "bench --prompts") compopt +o default; return ;;
         "bench --seeds") compopt +o default; return ;;
@@ -46,8 +58,8 @@ _osora() {
     esac
     case "$verb" in
         '') words='sample train bench --version --help' ;;
-        'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
-        'train') words='--output --export --data --resume --steps --batch-size --lr --seed --preset --config --set --device --print-config --json --debug --help' ;;
+        'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
+        'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --print-config --json --debug --help' ;;
         'bench') words='world --model --prompts --seeds --quick --output --config --set --device --json --debug --help' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_cli import bench, sample, train
+from opensora_cli import bench, options, sample, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -74,7 +74,8 @@ def run(words: Sequence[str]) -> int:
     console.configure(as_json="--json" in words, debug="--debug" in words)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(args=list(words), prog_name="osora", standalone_mode=False)
+        spelled = options.spelled_out(words, train.BARE) if words[:1] == ["train"] else list(words)
+        code = app(args=spelled, prog_name="osora", standalone_mode=False)
     except OsoraError as error:
         console.fail(error.message, error.hint, error.exit_code)
         return error.exit_code

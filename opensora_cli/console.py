@@ -196,13 +196,67 @@ class Console:
     def _show_saved(self, event: Any) -> None:
         self._saved.append(event)
 
+    def _show_working(self, event: Any) -> None:
+        self._draw(event.task, event.step, event.total, event.seconds_left)
+
     def _show_train_progress(self, event: Any) -> None:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
         if self._err.is_terminal:
             self._draw(f"{event.part}  {metrics}", event.step, event.total, event.seconds_left)
-        else:
-            speed = f"{event.clips_per_second:.1f} clips/s  {duration(event.seconds_left)} left"
-            self._above(f"{event.part} {event.step}/{event.total}  ", f"{metrics}  lr {event.lr:.2e}  {speed}", "cyan")
+            return
+        facts = [metrics, f"lr {event.lr:.2e}", f"{event.clips_per_second:.1f} clips/s"]
+        if event.tokens_per_second:
+            facts.append(f"{event.tokens_per_second:.3g} tokens/s")
+        if event.mfu is not None:
+            facts.append(f"MFU {event.mfu:.0%}")
+        facts += [
+            f"data wait {event.data_wait:.0%}",
+            readable(event.peak_bytes),
+            f"{duration(event.seconds_left)} left",
+        ]
+        self._above(f"{event.part} {event.step}/{event.total}  ", "  ".join(facts), "cyan")
+
+    def _show_rejected(self, event: Any) -> None:
+        self._above("left out: ", f"{event.clip}: {event.reason} ({event.share:.1%} so far)", "yellow")
+
+    def _show_validated(self, event: Any) -> None:
+        bins = " ".join(f"{value:.3f}" for value in event.ema_bins)
+        words = f"loss {event.loss:.4f}, averaged weights {event.ema_loss:.4f}; by timestep {bins}"
+        self._above(f"validation {event.step}: ", words, "green")
+
+    def _show_sampled(self, event: Any) -> None:
+        self._above(f"samples {event.step}: ", str(event.sheet), "green")
+
+    def _show_stage(self, event: Any) -> None:
+        self._stop_progress()
+        self._above(f"stage {event.number} of {event.total}: ", f"{event.name} in {event.folder}", "bold cyan")
+
+    def _show_resumed(self, event: Any) -> None:
+        for message in event.damaged:
+            self.notice(f"passed over: {message}")
+        self._above("resumed: ", f"{event.part} after step {event.step}", "cyan")
+
+    def _show_checkup(self, event: Any) -> None:
+        self._stop_progress()
+        self.notice(f"{event.source} was read as {event.format}")
+        rows = [(reason, count, event.examples.get(reason, "")) for reason, count in event.reasons.items()]
+        self.table(f"clips: {event.usable} of {event.clips} can be trained on", ("left out", "clips", "example"), rows)
+        buckets = [
+            (plan.size, plan.clips, plan.batch_size, plan.tokens_per_batch, f"{plan.steps_per_epoch:.1f}")
+            for plan in event.buckets
+        ]
+        self.table("batches", ("frames x height x width", "clips", "a batch", "tokens", "steps an epoch"), buckets)
+        trained = "" if event.trained == event.parameters else f", {event.trained:,} of them trained"
+        facts = [
+            ("parameters", f"{event.parameters:,}{trained}"),
+            ("arithmetic of a step", f"{event.teraflops:.3g} TFLOP"),
+            ("epochs of the run", f"{event.epochs:.1f}"),
+            *((f"memory: {name}", readable(size)) for name, size in event.memory.items()),
+            ("a checkpoint on disk", readable(event.checkpoint_bytes)),
+        ]
+        if event.seconds_per_step is not None:
+            facts += [("a step", duration(event.seconds_per_step)), ("the whole run", duration(event.seconds))]
+        self.table("the run, memory estimated", ("what", "how much"), facts)
 
     def _show_sheet(self, event: Any) -> None:
         self._pages.append(("contact sheet", event.path))
@@ -231,7 +285,14 @@ RENDERERS: dict[str, Callable[[Console, Any], None]] = {
     "Saved": Console._show_saved,
     "Sheet": Console._show_sheet,
     "Gallery": Console._show_gallery,
+    "Working": Console._show_working,
     "TrainProgress": Console._show_train_progress,
+    "Rejected": Console._show_rejected,
+    "Validated": Console._show_validated,
+    "Sampled": Console._show_sampled,
+    "Stage": Console._show_stage,
+    "Resumed": Console._show_resumed,
+    "Checkup": Console._show_checkup,
     "Done": Console._show_done,
 }
 

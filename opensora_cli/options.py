@@ -5,7 +5,7 @@ A flag whose default is None leaves the setting to the preset; `--set` reaches e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,6 +163,27 @@ def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str
     if saved := saved_settings(found.path if found.path.is_dir() else found.path.parent):
         return None, saved
     raise UsageError(f"{model} does not say which settings it was trained with", NAME_PRESET)
+
+
+def is_recipe(folder: Path) -> bool:
+    """Whether a folder holds the runs of a recipe."""
+    return (folder / "recipe.json").is_file()
+
+
+def spelled_out(words: Sequence[str], bare: Mapping[str, str]) -> list[str]:
+    """Give flags that may stand alone the value that they mean then, which typer wants to see.
+
+    Args:
+        words: what was typed.
+        bare: flag -> its value where none is given. A value is written `--flag=value`, or for flags whose bare value is
+            empty also `--flag value`.
+    """
+    spelled = []
+    for index, word in enumerate(words):
+        follows = words[index + 1 : index + 2]
+        is_bare = word in bare and (bare[word] or not follows or follows[0].startswith("-"))
+        spelled.append(f"{word}={bare[word]}" if is_bare else word)
+    return spelled
 
 
 def saved_settings(folder: Path) -> Mapping[str, Any] | None:

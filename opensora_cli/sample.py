@@ -87,6 +87,15 @@ def sample(
         ),
     ] = None,
     model: options.ModelOpt = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            "--lora",
+            metavar="PATH",
+            help="A LoRA for the model: its folder, or the run that trained it; --set model.lora_scale=X weighs it.",
+            rich_help_panel=options.SETTINGS,
+        ),
+    ] = None,
     preset: options.PresetOpt = None,
     config: options.ConfigOpt = None,
     set_: options.SetOpt = None,
@@ -199,6 +208,7 @@ def sample(
     height, width = options.parse_size(size_)
     flags: dict[str, Any] = {
         "model.weights": model,
+        "model.lora": lora,
         "video.num_frames": frames,
         "video.height": height,
         "video.width": width,

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_core import assets, diffusion, models, text, vae
+from opensora_core import assets, diffusion, models, runs, text, vae
 from opensora_core.assets import Located, Progress
-from opensora_core.config import Config
+from opensora_core.config import Config, read_settings, with_settings
 from opensora_core.diffusion import Objective
 from opensora_core.errors import CheckpointError, ConfigError, DeviceError, UsageError, WeightsError
 from opensora_core.files import MANIFEST, verify_manifest
+from opensora_core.lora import is_lora, merge_lora
 from opensora_core.models import LatentTransformer, convert, load
+from opensora_core.models.convert import NULL_CAPTION
 from opensora_core.text import TextEncoder
 from opensora_core.vae import VideoVAE
-from opensora_core.weights import read_weights
+from opensora_core.weights import Weights, read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,6 +76,12 @@ def vae_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype that pixels are computed in: bf16 has eight bits, which would show, so there it is fp32."""
     dtype = resolve_dtype(config.runtime.dtype, device)
     return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or this machine has no memory left."""
+    texts = ("out of memory", "DefaultCPUAllocator", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def tune_allocator(device: torch.device) -> None:
@@ -138,6 +146,7 @@ def build_model(
 
     Args:
         config: `model.weights` names them; empty gives random ones, which only training and benchmarks want.
+            `model.lora` names an adapter that is merged into them.
         null_caption: (L, E), the text encoder's embedding of the empty caption, for weights that were published without
             a null caption of their own (the layouts of diffusers).
         on_notice: told what the user should know about the files.
@@ -151,7 +160,25 @@ def build_model(
     if not config.model.weights:
         return empty_model(config).to(device, dtype).eval().requires_grad_(False)
     path = locate(config, "model").path
-    weights = read_weights(path)
+    lora = find_lora(config.model.lora) if config.model.lora else None
+    if base := _adapted(path):  # a run that trained an adapter: what it was trained for, then the adapter
+        alone = {"model.weights": base["model.weights"], "model.lora": "", "model.lora_scale": 1.0}
+        model = build_model(with_settings(config, {**alone, "runtime.dtype": "fp32"}), null_caption, on_notice)
+        own = Path(base["model.lora"])
+        if lora is not None and not lora.samefile(own):
+            merge_lora(model, own)  # the one that was named comes on top
+        lora = lora or own
+    else:
+        model = _load_model(config, path, null_caption, on_notice)
+    if lora is not None:
+        merge_lora(model.float(), lora, config.model.lora_scale)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _load_model(
+    config: Config, path: Path, null_caption: Tensor | None, on_notice: Callable[[str], None] | None
+) -> LatentTransformer:
+    weights = read_denoiser(path)
     try:
         converted = convert(weights.state, config.model.family)
         with torch.device("meta"):
@@ -167,13 +194,119 @@ def build_model(
                 f"{path} has no null caption", "guidance needs the text encoder's: --set text.weights=..."
             )
         model.set_null_caption(null_caption)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model
+
+
+def find_lora(word: str) -> Path:
+    """The folder of the adapter that a path names: itself, one beside a checkpoint's weights, or a run's newest.
+
+    Raises:
+        UsageError: there is no adapter.
+        CheckpointError: a run of which no checkpoint is whole.
+    """
+    path = Path(word).expanduser()
+    for folder in (path, path / runs.LORA_FOLDER):
+        if is_lora(folder):
+            return folder
+    checkpoint = runs.newest_checkpoint(path)
+    if checkpoint is not None and is_lora(checkpoint / runs.LORA_FOLDER):
+        return checkpoint / runs.LORA_FOLDER
+    raise UsageError(
+        f"there is no adapter in {word}", "name a folder with an adapter_config.json, or a run that trained one"
+    )
+
+
+def build_initial_model(
+    config: Config, null_caption: Callable[[], Tensor] | None = None, on_notice: Callable[[str], None] | None = None
+) -> LatentTransformer:
+    """The denoiser that a training run starts from, in fp32 on its device: fresh weights, or those of `train.init`.
+
+    An STDiT starts from PixArt as well; position tables are computed for the size at hand, whatever the weights had.
+
+    Args:
+        config: the settings.
+        null_caption: makes what `build_model` takes, if it is needed.
+        on_notice: told what the user should know about the files.
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing, or of another architecture, which is named.
+    """
+    device = resolve_device(config.runtime.device)
+    torch.manual_seed(config.train.seed)
+    model = empty_model(config)
+    if not config.train.init:
+        return model.to(device)
+    path = locate(with_settings(config, {"model.weights": config.train.init}), "model").path
+    if base := _adapted(path):
+        merged = build_model(
+            with_settings(config, {**base, "runtime.dtype": "fp32"}), null_caption and null_caption(), on_notice
+        )
+        return merged.train().requires_grad_(True)
+    weights = read_denoiser(path)
+    try:
+        converted = convert(weights.state, models.guess_family(weights.state))
+        if config.model.family.startswith("stdit") and models.guess_family(weights.state) == "pixart":
+            models.init_from_image(model, converted.state)
+        else:
+            converted = convert(weights.state, config.model.family)
+            state, absent = converted.state, converted.absent
+            if ("y_embedder.embedding_table.weight" in state) != (config.model.condition == "class"):
+                # DiT's classes as a start for captions, or the other way round: what reads them is learned anew
+                state = {key: value for key, value in state.items() if not key.startswith("y_embedder.")}
+                absent = [key for key in model.state_dict() if key.startswith("y_embedder.")]
+            load(model, state, absent=absent)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", error.hint) from error
+    if weights.note and on_notice is not None:
+        on_notice(weights.note)
+    if NULL_CAPTION in converted.absent:
+        if null_caption is None:
+            raise WeightsError(
+                f"{path} has no null caption", "captions are dropped for the text encoder's: --set text.weights=..."
+            )
+        model.set_null_caption(null_caption())
+    return model.to(device)
+
+
+def read_denoiser(path: Path) -> Weights:
+    """Read the weights of a denoiser: a file or folder, a run of ours, or one of Open-Sora 1.0's trainer.
+
+    Of a run of ours it is the average in the newest whole checkpoint; of theirs `ema.pt`, or the shards in `model/`.
+
+    Raises:
+        CheckpointError: no weights there, or torn ones.
+    """
+    if path.is_dir() and (runs.is_run(path) or runs.is_checkpoint(path)):
+        checkpoint = _checkpoint_of(path)
+        state = read_weights(checkpoint / runs.WEIGHTS_FILE).state
+        return Weights(state | read_weights(checkpoint / runs.AVERAGE_FILE).state)
+    if (path / "running_states.json").is_file():
+        return read_weights(path / "ema.pt" if (path / "ema.pt").is_file() else path / "model")
+    return read_weights(path)
+
+
+def _checkpoint_of(run: Path) -> Path:
+    checkpoint = runs.newest_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"the run {run} has no checkpoint of a denoiser yet", f"osora train --resume {run}")
+    return checkpoint
+
+
+def _adapted(path: Path) -> dict[str, str] | None:
+    """What to build for a run that trained an adapter; None for anything else."""
+    if not (path.is_dir() and (runs.is_run(path) or runs.is_checkpoint(path))):
+        return None
+    checkpoint = _checkpoint_of(path)
+    if not (checkpoint / runs.LORA_FOLDER).is_dir():
+        return None
+    init = read_settings(checkpoint / runs.CONFIG_FILE)["train.init"]
+    return {"model.weights": init, "model.lora": str(checkpoint / runs.LORA_FOLDER)}
 
 
 def empty_model(config: Config) -> LatentTransformer:
     """The denoiser with the weights that a training run starts from, in fp32 on the CPU (or the default device)."""
     settings = {item.name: getattr(config.model, item.name) for item in dataclasses.fields(config.model)}
-    return models.build(settings.pop("family"), **settings)
+    return models.build(settings.pop("family"), **settings, recompute=config.train.recompute)
 
 
 def build_objective(config: Config) -> Objective:
@@ -202,6 +335,8 @@ def word_of(config: Config, kind: assets.Kind) -> str:
         path, at, revision = model.partition("@")
         return "/".join([*path.split("/")[:2], kind]) + at + revision
     folder = Path(model).expanduser()
+    if runs.is_checkpoint(folder):
+        folder = folder.resolve().parents[1]
     part = (folder if folder.is_dir() else folder.parent) / kind
     return str(part) if part.is_dir() else word
 

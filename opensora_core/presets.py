@@ -71,6 +71,7 @@ PRESETS: dict[str, Preset] = {
             "sampling.steps": 20,
             "sampling.guidance": 4.0,
             "sampling.batch_size": 4,
+            "data.source": "world",
             "train.optimizer": "muon",
             "train.lr": 1e-3,
             "train.batch_size": 32,
@@ -84,6 +85,30 @@ PRESETS: dict[str, Preset] = {
             "train.checkpoint_every": 250,
         },
     ),
+    "1x256x256": Preset(
+        "stage 1: STDiT on images of 256x256, from PixArt-alpha",
+        {
+            "video.num_frames": 1,
+            "video.frame_interval": 1,
+            "video.source_fps": 1.0,
+            "model.space_scale": 0.5,
+            "vae.micro_batch": 64,
+            "train.init": "pixart-512",
+            "train.batch_size": 128,
+            "train.checkpoint_every": 1000,
+        },
+    ),
+    "1x512x512": Preset(
+        "stage 1: STDiT on images of 512x512, from PixArt-alpha",
+        {
+            "video.height": 512,
+            "video.width": 512,
+            "model.space_scale": 1.0,
+            "train.batch_size": 32,
+            "train.recompute": 1.0,
+        },
+        parent="1x256x256",
+    ),
     "16x256x256": Preset(
         "Open-Sora 1.0, stage 2: 16 frames of 256x256",
         {
@@ -91,7 +116,14 @@ PRESETS: dict[str, Preset] = {
             "model.weights": "opensora-v1-hq-16x256x256",
             "model.space_scale": 0.5,
             "sampling.batch_size": 2,
+            "train.init": "pixart-512",
+            "train.recompute": 1.0,
         },
+    ),
+    "16x256x256-hq": Preset(
+        "Open-Sora 1.0, stage 3, first step: high-quality clips of 16x256x256",
+        {"train.init": "opensora-v1-16x256x256"},
+        parent="16x256x256",
     ),
     "16x512x512": Preset(
         "Open-Sora 1.0, stage 3: 16 frames of 512x512",
@@ -100,6 +132,9 @@ PRESETS: dict[str, Preset] = {
             "video.width": 512,
             "model.weights": "opensora-v1-hq-16x512x512",
             "model.space_scale": 1.0,
+            "train.init": "opensora-v1-hq-16x256x256",
+            "train.recompute": 0.0,
+            "train.checkpoint_every": 500,
         },
         parent="16x256x256",
     ),
@@ -111,17 +146,24 @@ PRESETS: dict[str, Preset] = {
             "model.time_scale": 2 / 3,
             "sampling.batch_size": 1,
             "train.batch_size": 4,
+            "train.init": "opensora-v1-hq-16x512x512",
+            "train.recompute": 1.0,
+            "train.checkpoint_every": 250,
         },
         parent="16x512x512",
     ),
     "dit-16x256x256": Preset(
         "DiT-XL/2 with full space-time attention and CLIP captions",
-        {**_TEXT_TO_VIDEO, **_POOLED, "model.family": "dit"},
+        {**_TEXT_TO_VIDEO, **_POOLED, "model.family": "dit", "train.init": "dit-xl-2-256"},
     ),
     "dit-16x256x256-2x2": Preset(
         "DiT-XL/2x2: patches two frames deep", {"model.patch_size": (2, 2, 2)}, parent="dit-16x256x256"
     ),
-    "dit-1x256x256": Preset("DiT-XL/2 images with CLIP captions", _IMAGE, parent="dit-16x256x256"),
+    "dit-1x256x256": Preset(
+        "DiT-XL/2 images with CLIP captions",
+        {**_IMAGE, "train.batch_size": 128, "train.lr": 1e-4, "train.init": ""},
+        parent="dit-16x256x256",
+    ),
     "dit-1x256x256-class": Preset(
         "the published DiT-XL/2: ImageNet classes at 256x256",
         {**_CLASSES, "model.weights": "dit-xl-2-256", "model.num_classes": 1000},
@@ -132,7 +174,11 @@ PRESETS: dict[str, Preset] = {
         {"video.height": 512, "video.width": 512, "model.weights": "dit-xl-2-512"},
         parent="dit-1x256x256-class",
     ),
-    "latte-16x256x256": Preset("Latte-XL/2 with CLIP captions", {"model.family": "latte"}, parent="dit-16x256x256"),
+    "latte-16x256x256": Preset(
+        "Latte-XL/2 with CLIP captions",
+        {"model.family": "latte", "train.init": "", "train.recompute": 1.0},
+        parent="dit-16x256x256",
+    ),
     "latte-16x256x256-2x2": Preset(
         "Latte-XL/2x2: patches two frames deep", {"model.patch_size": (2, 2, 2)}, parent="latte-16x256x256"
     ),
@@ -146,6 +192,7 @@ PRESETS: dict[str, Preset] = {
         {
             "model.family": "latte-1",
             "model.weights": "latte-1",
+            "train.init": "latte-1",
             "model.depth": 56,  # 28 blocks over space and 28 over time
             "model.base_size": 32,
             "sampling.sampler": "ddim",
@@ -162,6 +209,9 @@ PRESETS: dict[str, Preset] = {
             "video.width": 512,
             "model.family": "pixart",
             "model.weights": "pixart-512",
+            "train.init": "pixart-512",
+            "train.batch_size": 32,
+            "train.recompute": 1.0,
             "sampling.sampler": "dpm-solver",
             "sampling.steps": 20,
             "sampling.batch_size": 2,
@@ -170,7 +220,7 @@ PRESETS: dict[str, Preset] = {
     "pixart-1x256x256": Preset(
         "PixArt-alpha images of 256x256",
         # the published 256 model was trained on its own grid, so positions are not scaled
-        {"video.height": 256, "video.width": 256, "model.weights": "pixart-256"},
+        {"video.height": 256, "video.width": 256, "model.weights": "pixart-256", "train.init": "pixart-256"},
         parent="pixart-1x512x512",
     ),
     "pixart-1x1024-ms": Preset(
@@ -180,6 +230,7 @@ PRESETS: dict[str, Preset] = {
             "video.width": 1024,
             "model.family": "pixart-ms",
             "model.weights": "pixart-1024-ms",
+            "train.init": "pixart-1024-ms",
             "model.space_scale": 2.0,
             "model.base_size": 64,
         },
@@ -194,10 +245,30 @@ PRESETS: dict[str, Preset] = {
             "video.width": 256,
             "model.temporal_positions": True,
             "model.space_scale": 0.5,
+            "train.batch_size": 8,
+            "train.recompute": 0.0,
         },
         parent="pixart-1x512x512",
     ),
 }
+
+
+STAGES: dict[int, tuple[str, ...]] = {
+    1: ("1x256x256", "1x512x512"),
+    2: ("16x256x256",),
+    3: ("16x512x512", "16x256x256-hq", "64x512x512"),
+}
+"""The presets of each stage of the published training, the one that a stage means first."""
+
+RECIPES: dict[str, tuple[str, ...]] = {
+    "three-stages": ("1x256x256", "16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"),
+}
+"""Presets that are trained one after the other, each from what the one before it made."""
+
+
+def stage_of(name: str) -> int | None:
+    """The stage that a preset belongs to."""
+    return next((stage for stage, names in STAGES.items() if name in names), None)
 
 
 def lineage(name: str) -> list[str]:

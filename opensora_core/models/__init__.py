@@ -67,7 +67,7 @@ def build(family: str, **settings: Any) -> LatentTransformer:
 
     Args:
         family: a name of `MODELS`.
-        settings: names of `ModelConfig`, and `gradient_checkpointing`.
+        settings: names of `ModelConfig`, and `recompute`.
 
     Raises:
         ConfigError: an unknown family, or settings that contradict each other.

@@ -105,7 +105,7 @@ class CaptionedTransformer(LatentTransformer):
         space_scale: float,
         time_scale: float,
         attention: str,
-        gradient_checkpointing: bool,
+        recompute: float,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -115,7 +115,7 @@ class CaptionedTransformer(LatentTransformer):
             learn_sigma=learn_sigma,
             caption_dropout=caption_dropout,
             attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
+            recompute=recompute,
         )
         self.space_scale = space_scale
         self.time_scale = time_scale
@@ -160,8 +160,9 @@ class CaptionedTransformer(LatentTransformer):
         t = self.time_vector(timestep, condition)
         t6 = self.t_block(t).unflatten(1, (6, -1))
         captions = self.y_embedder(condition.tokens)
-        for number, block in enumerate(self.blocks):
-            tokens = self.walk(block, tokens, t6, captions, ragged, frames if number == self.block_of_frames else None)
+        for number in range(len(self.blocks)):
+            placed = frames if number == self.block_of_frames else None
+            tokens = self.walk(number, tokens, t6, captions, ragged, placed)
         return self.x_embedder.fold(self.final_layer(tokens, t), grid[1])
 
     def initialise(self) -> None:

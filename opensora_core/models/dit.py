@@ -72,7 +72,7 @@ class DiT(LatentTransformer):
         temporal_positions: tell frames apart; off for a model of images.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
-        gradient_checkpointing: see `LatentTransformer`.
+        recompute: see `LatentTransformer`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DiT(LatentTransformer):
         temporal_positions: bool = True,
         qk_norm: bool = False,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
+        recompute: float = 0.0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -102,7 +102,7 @@ class DiT(LatentTransformer):
             learn_sigma=learn_sigma,
             caption_dropout=caption_dropout,
             attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
+            recompute=recompute,
         )
         self.temporal_positions = temporal_positions
         if condition == "pooled":
@@ -147,10 +147,10 @@ class DiT(LatentTransformer):
         tokens = self.x_embedder(x)
         tokens = (tokens + space).to(tokens.dtype)
         c = self.t_embedder(timestep) + self.embed(condition)
-        for number, block in enumerate(self.blocks):
+        for number in range(len(self.blocks)):
             if self.adds_frames(number):
                 tokens = (tokens + time).to(tokens.dtype)
-            tokens = self.walk(block, tokens, c)
+            tokens = self.walk(number, tokens, c)
         return self.x_embedder.fold(self.final_layer(tokens, c), rows)
 
     def adds_frames(self, number: int) -> bool:

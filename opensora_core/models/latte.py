@@ -59,7 +59,7 @@ class Latte1(CaptionedTransformer):
         base_size: side of the square grid of patches that both axes are stretched to; 0 for no stretching.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
-        gradient_checkpointing: see `LatentTransformer`.
+        recompute: see `LatentTransformer`.
     """
 
     block_of_frames = 1
@@ -82,7 +82,7 @@ class Latte1(CaptionedTransformer):
         base_size: int = 0,
         qk_norm: bool = False,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
+        recompute: float = 0.0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -96,7 +96,7 @@ class Latte1(CaptionedTransformer):
             space_scale=space_scale,
             time_scale=time_scale,
             attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
+            recompute=recompute,
         )
         self.base_size = base_size
         self.blocks.extend(

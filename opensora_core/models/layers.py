@@ -307,7 +307,8 @@ class LatentTransformer(nn.Module):
 
     Attributes:
         caption_dropout: how often a trainer is to call `replace_captions` on a sample; nothing is drawn in here.
-        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        recompute: share of the blocks, in [0, 1], that recompute their activations in the backward pass instead of
+            keeping them; they are spread evenly over the depth.
     """
 
     y_embedder: CaptionEmbedder | LabelEmbedder
@@ -322,7 +323,7 @@ class LatentTransformer(nn.Module):
         learn_sigma: bool,
         caption_dropout: float,
         attention: str,
-        gradient_checkpointing: bool,
+        recompute: float,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads or hidden_size % 4:
@@ -330,11 +331,15 @@ class LatentTransformer(nn.Module):
                 f"model.hidden_size={hidden_size} must be divisible by 4 and by model.num_heads={num_heads}",
                 f"`--set model.hidden_size={-(-hidden_size // (4 * num_heads)) * 4 * num_heads}`",
             )
+        if not 0 <= recompute <= 1:
+            raise ConfigError(
+                f"recompute={recompute} is not a share of the blocks, from 0 to 1", "`--set train.recompute=0.5`"
+            )
         check_backend(attention)
         self.hidden_size = hidden_size
         self.attention = "sdpa" if attention == "auto" else attention
         self.caption_dropout = caption_dropout
-        self.gradient_checkpointing = gradient_checkpointing
+        self.recompute = recompute
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = ScalarEmbedder(hidden_size)
@@ -372,10 +377,16 @@ class LatentTransformer(nn.Module):
         mask = condition.mask
         return Ragged.build(mask.repeat(batch // len(mask), 1), self.attention)
 
-    def walk(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
-        """Run one block, keeping or recomputing its activations."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            result: Tensor = checkpoint(block, x, *arguments, use_reentrant=False)
+    def recomputes(self, number: int) -> bool:
+        """Whether block `number` recomputes its activations in the backward pass."""
+        return math.floor((number + 1) * self.recompute) > math.floor(number * self.recompute)
+
+    def walk(self, number: int, x: Tensor, *arguments: Any) -> Tensor:
+        """Run block `number` on tokens x (B, T, S, D), keeping or recomputing its activations."""
+        block = self.blocks[number]
+        if self.recomputes(number) and torch.is_grad_enabled():
+            # nothing in a block is random, so there is no state of a generator to bring back
+            result: Tensor = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             result = block(x, *arguments)
         return result

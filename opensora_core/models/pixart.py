@@ -36,7 +36,7 @@ class PixArt(CaptionedTransformer):
             leaves square grids alone.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
-        gradient_checkpointing: see `LatentTransformer`.
+        recompute: see `LatentTransformer`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PixArt(CaptionedTransformer):
         base_size: int = 0,
         qk_norm: bool = False,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
+        recompute: float = 0.0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -72,7 +72,7 @@ class PixArt(CaptionedTransformer):
             space_scale=space_scale,
             time_scale=time_scale,
             attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
+            recompute=recompute,
         )
         self.temporal_positions = temporal_positions
         self.base_size = base_size

@@ -79,7 +79,7 @@ class STDiT(CaptionedTransformer):
             PixArt do, for one that starts from nothing: it has to tell one end of a movement from the other.
         qk_norm: normalise queries and keys.
         attention: a backend of `attend`.
-        gradient_checkpointing: see `LatentTransformer`.
+        recompute: see `LatentTransformer`.
     """
 
     block: type[STDiTBlock] = STDiTBlock
@@ -102,7 +102,7 @@ class STDiT(CaptionedTransformer):
         frame_positions: Literal["published", "stream"] = "published",
         qk_norm: bool = False,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
+        recompute: float = 0.0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -116,7 +116,7 @@ class STDiT(CaptionedTransformer):
             space_scale=space_scale,
             time_scale=time_scale,
             attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
+            recompute=recompute,
         )
         self.frame_positions = frame_positions
         self.blocks.extend(

@@ -184,6 +184,8 @@ def _check_with_torch(config: Config) -> None:
     from opensora_core import components, diffusion
     from opensora_core.tensors import Condition
 
+    if config.model.lora:
+        components.find_lora(config.model.lora)
     device = components.resolve_device(config.runtime.device)
     components.resolve_dtype(config.runtime.dtype, device)
     nothing = torch.zeros(1, 1, 1, 1, 1)

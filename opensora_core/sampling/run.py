@@ -281,9 +281,11 @@ class _Writer:
     def facts(self, request: Request, frames: Frames) -> dict[str, Any]:
         """What made a sample; the same for the same command, so no times and no machine."""
         config = self.config
+        lora = {"lora": config.model.lora, "lora_scale": config.model.lora_scale} if config.model.lora else {}
         return {
             "prompt": request.prompt,
             "model": config.model.weights,
+            **lora,
             "seed": request.seed,
             "steps": config.sampling.steps,
             "sampler": config.sampling.sampler,
@@ -335,7 +337,7 @@ def _advice(config: Config) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        if not _is_out_of_memory(error):
+        if not components.is_out_of_memory(error):
             raise
         video = config.video
         advice = [
@@ -350,8 +352,3 @@ def _advice(config: Config) -> Iterator[None]:
         flags = [flag for helps, flag in advice if helps]
         device = components.resolve_device(config.runtime.device)
         raise ResourceError(f"out of memory on {device}", "what makes it smaller: " + ", ".join(flags)) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    texts = ("out of memory", "DefaultCPUAllocator", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)

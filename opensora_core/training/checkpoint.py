@@ -1,15 +1,14 @@
-"""Checkpoints that are whole or absent, and known to be whole.
+"""Saving and loading the state of a run: everything in safetensors or JSON, whole or absent, and finite.
 
-A checkpoint is a folder `step-00001000/` with the weights, their average, the optimizers' state and, written last, a
-manifest of SHA-256 sums: the commit mark. One flipped bit loads without complaint from every format there is, so the
-sums are checked on load, and the newest checkpoint that is whole is the one that a run resumes from.
+What lies where is told by `opensora_core.runs`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,91 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensora_core.errors import CheckpointError
-from opensora_core.files import (
-    MANIFEST,
-    refusal,
-    replacing,
-    require_space,
-    verify_manifest,
-    write_bytes,
-    write_manifest,
-)
+from opensora_core.errors import TrainingError
+from opensora_core.files import replacing_folder, require_space, write_bytes, write_manifest
+from opensora_core.runs import AVERAGE_FILE, CONFIG_FILE, WEIGHTS_FILE, checkpoints, newest_whole
 from opensora_core.weights import apart
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds."""
+    """What a checkpoint holds.
+
+    Attributes:
+        step: how many steps were done.
+        weights: the module's state, or of an adapter what was trained.
+        average: the average of what is trained.
+        optimizer: state of the optimizers per parameter.
+        state: the rest, as JSON knows it.
+    """
 
     step: int
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
-    optimizers: list[dict[str, Any]]
-    state: dict[str, Any]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, saved: Saved, keep: int) -> Path:
-    """Write a checkpoint below `folder` and drop all but the newest `keep`.
+def save(
+    folder: Path,
+    saved: Saved,
+    settings: dict[str, Any] | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint below `folder`.
+
+    Args:
+        folder: of the checkpoints.
+        saved: what to keep.
+        settings: the resolved settings of the run.
+        also: writes more into the checkpoint before it is sealed.
 
     Raises:
+        TrainingError: a weight is not finite; nothing is written.
         ResourceError: no space or no permission; what was there before stays, and nothing half-written does.
     """
-    target = folder / f"step-{saved.step:08d}"
-    needed = sum(t.nbytes for t in (*saved.weights.values(), *saved.average.values())) * 2
-    require_space(target, needed)
-    try:
-        if target.exists():
-            shutil.rmtree(target)
-        for name, tensors in (("weights", saved.weights), ("average", saved.average)):
-            with replacing(target / f"{name}.safetensors") as part:
-                save_file(apart(tensors), part)
-        with replacing(target / "optimizers.pt") as part:
-            torch.save(saved.optimizers, part)
-        write_bytes(target / "state.json", json.dumps({"step": saved.step, **saved.state}).encode())
-        write_manifest(target)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    except BaseException as error:
-        if not (target / MANIFEST).exists():
-            shutil.rmtree(target, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise refusal(target, error) from error
-        raise
+    tensors = {WEIGHTS_FILE: saved.weights, AVERAGE_FILE: saved.average, OPTIMIZER_FILE: saved.optimizer}
+    for name in (WEIGHTS_FILE, AVERAGE_FILE):
+        for key, tensor in tensors[name].items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"{key} is not finite after step {saved.step}, so nothing is saved",
+                    "resume with a lower rate: --resume --set train.lr=...",
+                )
+    target = folder / f"step-{saved.step}"
+    require_space(target, sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
+    with replacing_folder(target) as part:
+        for name, group in tensors.items():
+            save_file(apart({key: tensor.detach().cpu() for key, tensor in group.items()}), part / name)
+            (part / name).chmod(0o644)  # safetensors writes for its owner's eyes only
+        if settings is not None:
+            write_bytes(part / CONFIG_FILE, (json.dumps(settings, indent=1) + "\n").encode())
+        if also is not None:
+            also(part)
+        write_bytes(part / STATE_FILE, json.dumps({"step": saved.step, **saved.state}).encode())
+        write_manifest(part)
     return target
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path: Path) -> Saved:
+    """Read a checkpoint, whose sums have been checked."""
+    state = json.loads((path / STATE_FILE).read_text())
+    return Saved(
+        step=state.pop("step"),
+        weights=load_file(path / WEIGHTS_FILE),
+        average=load_file(path / AVERAGE_FILE),
+        optimizer=load_file(path / OPTIMIZER_FILE),
+        state=state,
+    )
 
 
 def latest(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -77,21 +109,5 @@ def latest(folder: Path) -> tuple[Saved | None, list[str]]:
     Raises:
         CheckpointError: there are checkpoints, and not one of them is whole.
     """
-    damaged: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            verify_manifest(path)
-        except CheckpointError as error:
-            damaged.append(error.message)
-            continue
-        state = json.loads((path / "state.json").read_text())
-        return Saved(
-            step=state.pop("step"),
-            weights=load_file(path / "weights.safetensors"),
-            average=load_file(path / "average.safetensors"),
-            optimizers=torch.load(path / "optimizers.pt", weights_only=True),
-            state=state,
-        ), damaged
-    if damaged:
-        raise CheckpointError("no checkpoint is whole: " + "; ".join(damaged), f"remove {folder} to start over")
-    return None, damaged
+    path, damaged = newest_whole(folder)
+    return (None if path is None else load(path)), damaged

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -27,25 +30,45 @@ class EMA:
             if parameter.requires_grad
         }
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the module's values; call it after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
-        parameters = dict(self.module.named_parameters())
+        parameters = self._parameters()
         shadows = list(self.shadow.values())
         torch._foreach_lerp_(shadows, [parameters[name].float() for name in self.shadow], 1 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Put the averaged values into the module, in place of its own."""
-        parameters = dict(self.module.named_parameters())
+        parameters = self._parameters()
         for name, value in self.shadow.items():
             parameters[name].copy_(value)
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averaged values into the module for a while; its own come back bit for bit."""
+        own = {name: self._parameters()[name].detach().clone() for name in self.shadow}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in own.items():
+                    self._parameters()[name].copy_(value)
+
     def load(self, shadow: dict[str, Tensor], updates: int) -> None:
-        """Continue from a saved average."""
-        assert shadow.keys() == self.shadow.keys(), "the average belongs to another set of parameters"
+        """Continue from a saved average.
+
+        Raises:
+            ValueError: it is of another set of parameters.
+        """
+        if shadow.keys() != self.shadow.keys():
+            raise ValueError("the average belongs to another set of parameters")
         for name, value in shadow.items():
             self.shadow[name].copy_(value)
         self.updates = updates

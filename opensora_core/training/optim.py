@@ -1,45 +1,117 @@
-"""Optimizers and the learning-rate schedule."""
+"""Optimizers, the learning-rate schedule, and the optimizers' state by the names of the parameters."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora_core.config import TrainConfig
+from opensora_core.errors import CheckpointError, ConfigError
 
 Optimizer = torch.optim.Optimizer
 
+_TABLES = ("scale_shift_table", "y_embedding")
+_FUSED = {"cpu", "cuda", "mps", "xpu"}  # where torch has one kernel for the whole of AdamW's step
+# what a TrainConfig, the module or the device decides anew in every run
+_DERIVED = ("params", "lr", "weight_decay", "fused", "foreach")
+
 
 def build_optimizers(module: nn.Module, train: TrainConfig) -> list[Optimizer]:
-    """Build the optimizers of a module's trainable parameters.
+    """Build the optimizers of a module's trainable parameters, on the device where they are.
 
-    AdamW takes everything, or, under `optimizer = "muon"`, everything that is not a matrix inside a block: Muon
-    (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of matrices that map features to features,
-    which is wrong for tables, embeddings and the layers at both ends.
+    AdamW (in 8 bits or not) takes everything, or, under `optimizer = "muon"`, everything that is not a matrix inside a
+    block: Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of matrices that map features
+    to features, which is wrong for tables, embeddings and the layers at both ends.
+
+    Biases, norms, tables and embeddings do not decay.
+
+    Raises:
+        ConfigError: an optimizer that is not installed, or that the device of the parameters does not have.
     """
+    tables = {id(table) for table in _embeddings(module)}
     matrices: list[nn.Parameter] = []
+    decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            hidden = parameter.ndim == 2 and "blocks." in name and name.endswith(".weight")
-            (matrices if hidden and train.optimizer == "muon" else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if train.optimizer == "muon" and is_matrix(name, parameter):
+            matrices.append(parameter)
+        elif parameter.ndim < 2 or name.endswith(_TABLES) or id(parameter) in tables:
+            others.append(parameter)
+        else:
+            decaying.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decaying, train.weight_decay), (others, 0.0))
+        if parameters
+    ]
     optimizers: list[Optimizer] = []
-    if others:
-        options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": train.weight_decay}
-        optimizers.append(torch.optim.AdamW(others, lr=train.lr, **options))
+    if groups:
+        optimizers.append(_adamw(groups, train))
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=train.muon_lr, weight_decay=train.weight_decay))
     return optimizers
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for a parameter: a matrix inside a block."""
+    return parameter.ndim == 2 and "blocks." in name and name.endswith(".weight")
+
+
+def _embeddings(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            yield part.weight
+
+
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
+    options: dict[str, Any] = {"lr": train.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if train.optimizer == "adamw-8bit":
+        return _adamw_8bit(groups, options)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, fused=devices <= _FUSED, **options)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
+    """AdamW with its moments in 8 bits, block by block (arXiv 2110.02861); tensors below 4096 numbers keep fp32."""
+    remedy = "pip install bitsandbytes, or --set train.optimizer=adamw"
+    device = groups[0]["params"][0].device.type
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"train.optimizer=adamw-8bit does not run on '{device}'", "--set train.optimizer=adamw")
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError(f"train.optimizer=adamw-8bit needs bitsandbytes: {error}", remedy) from error
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
+    try:
+        probe = nn.Parameter(torch.zeros(4096, device=groups[0]["params"][0].device))
+        probe.grad = torch.zeros_like(probe)
+        bitsandbytes.optim.AdamW8bit([probe]).step()
+    except Exception as error:  # a library that lacks this machine's kernels tells so in many ways
+        raise ConfigError(f"train.optimizer=adamw-8bit does not run on '{device}' here: {error}", remedy) from error
+    return optimizer
+
+
+# the learning rate ----------------------------------------------------------------------------------------------------
+
+
 def lr_factor(step: int, train: TrainConfig) -> float:
-    """The share of the peak learning rate at a step (0-based): linear warm-up, plateau, linear decay to zero."""
+    """The share of the peak learning rate at a step (0-based): linear warm-up, plateau, decay to zero.
+
+    The decay is a straight line or half a cosine, over the last `train.decay_fraction` of the run.
+    """
     factor = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
     decay_steps = round(train.max_steps * train.decay_fraction)
     if decay_steps:
-        factor = min(factor, (train.max_steps - step) / decay_steps)
+        left = min(1.0, (train.max_steps - step) / decay_steps)
+        factor = min(factor, left if train.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
     return factor
 
 
@@ -52,3 +124,85 @@ def set_lr(optimizers: list[Optimizer], step: int, train: TrainConfig) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
     return rates[0]
+
+
+# the state ------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of optimizers in a form that safetensors and JSON hold.
+
+    Returns:
+        Tensors under `<parameter name>/<state key>`, a number as a tensor without dims; they are the optimizers' own,
+        not copies. And the rest, by the optimizers' names: hyperparameters that no setting gives.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for optimizer in optimizers:
+        numbers: set[str] = set()
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if not isinstance(value, Tensor):
+                    numbers.add(key)
+                tensors[f"{names[id(parameter)]}/{key}"] = _as_tensor(value)
+        group = {name: value for name, value in optimizer.param_groups[0].items() if name not in _DERIVED}
+        rest[type(optimizer).__name__] = json.loads(json.dumps({"group": group, "numbers": sorted(numbers)}))
+    return tensors, rest
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def load_optimizer(
+    module: nn.Module, optimizers: list[Optimizer], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """Continue from what `optimizer_tensors` gave; rates, weight decay and kernels stay those of the new run.
+
+    Raises:
+        CheckpointError: the state of other optimizers, or of other parameters.
+    """
+    kinds = {type(optimizer).__name__: optimizer for optimizer in optimizers}
+    if kinds.keys() != rest.keys():
+        raise CheckpointError(
+            f"the checkpoint has the state of {' and '.join(rest)}, but the run trains with {' and '.join(kinds)}",
+            "go on with the train.optimizer that the run began with",
+        )
+    parameters = dict(module.named_parameters())
+    owners = {
+        id(parameter): (kind, group.get("fused") or group.get("capturable"))
+        for kind, optimizer in kinds.items()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        saved = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in rest[type(optimizer).__name__]["group"].items()
+        }
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in saved.items() if name in group})
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in owners:
+            raise CheckpointError(
+                f"the checkpoint has the optimizer's state of '{name}', which this run does not train"
+            )
+        kind, counts_on_device = owners[id(parameter)]
+        value: Any
+        if key in rest[kind]["numbers"]:
+            value = tensor.item()
+        elif tensor.ndim == 0 and not counts_on_device:
+            value = tensor.to("cpu", copy=True)  # counting there does not make a GPU wait
+        else:
+            value = tensor.to(parameter.device, copy=True)
+        if key in ("exp_avg", "momentum_buffer") and tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"the checkpoint's {key} of '{name}' is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            )
+        kinds[kind].state[parameter][key] = value

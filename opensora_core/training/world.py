@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensora_core import world
+from opensora_core import components, world
+from opensora_core.config import Config, TrainConfig, to_dict, with_settings
 from opensora_core.diffusion.objective import Objective
+from opensora_core.errors import InputError
+from opensora_core.files import replacing_folder
+from opensora_core.models import LatentTransformer
+from opensora_core.runs import CHECKPOINTS
 from opensora_core.tensors import Condition
-from opensora_core.text.protocol import TextEncoder
-from opensora_core.training.loop import step_seed
+from opensora_core.text import TextEncoder, load_text_encoder
+from opensora_core.training.denoiser import DenoiserTask, prepare, tokens_and_flops
+from opensora_core.training.events import Event, Facts
+from opensora_core.training.loop import Task, fit, step_seed
+from opensora_core.training.memory import peak_flops
 from opensora_core.vae.patch import PatchVAE
 
 
@@ -35,7 +43,7 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).movedim(-1, -4).float().div_(127.5).sub_(1)
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Train a `PatchVAE` on single frames: Gaussian likelihood, a little L1 for edges, a weak pull to the prior."""
 
     name = "vae"
@@ -53,7 +61,7 @@ class AutoencoderTask:
             frames.append(world.render(scene, rng)[chosen])
         return to_tensor(np.concatenate(frames)[:, None]).squeeze(2)
 
-    def losses(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, batch: Tensor, generator: torch.Generator, parts: int = 1) -> Iterator[dict[str, Tensor]]:
         """The evidence bound of a fixed pixel deviation, and the PSNR for the report.
 
         The weight of the KL term is twice the square of that deviation, which is 46 dB below the range of a pixel.
@@ -66,7 +74,7 @@ class AutoencoderTask:
         mse = F.mse_loss(output, batch)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / batch.numel()
         loss = mse + 0.02 * F.l1_loss(output, batch) + 2e-4 * kl
-        return {"loss": loss, "kl": kl.detach(), "psnr": -10 * torch.log10(mse.detach() / 4)}
+        yield {"loss": loss, "kl": kl.detach(), "psnr": -10 * torch.log10(mse.detach() / 4)}
 
     @torch.no_grad()
     def measure_statistics(self, num_batches: int = 8) -> None:
@@ -93,7 +101,7 @@ class _Reader(nn.Module):
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
-class TextTask:
+class TextTask(Task):
     """Train a T5 encoder to read captions: what does this one say about each attribute of the scene?
 
     Published models stand on a text encoder that was trained before them; this gives the tiny one the same footing, so
@@ -124,14 +132,16 @@ class TextTask:
         )
         return encoded.input_ids, encoded.attention_mask, {name: torch.tensor(ids) for name, ids in labels.items()}
 
-    def losses(self, batch: tuple[Tensor, Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(
+        self, batch: tuple[Tensor, Tensor, dict[str, Tensor]], generator: torch.Generator, parts: int = 1
+    ) -> Iterator[dict[str, Tensor]]:
         """Cross entropy summed over attributes, and the share of captions read without a mistake."""
         device = next(self.module.parameters()).device
         ids, mask, labels = batch[0].to(device), batch[1].to(device), {k: v.to(device) for k, v in batch[2].items()}
         logits = self.module(ids, mask)
         loss = torch.stack([F.cross_entropy(logits[name], labels[name]) for name in logits]).sum()
         right = torch.stack([logits[name].argmax(-1) == labels[name] for name in logits]).all(0)
-        return {"loss": loss, "read": right.float().mean()}
+        yield {"loss": loss, "read": right.float().mean()}
 
 
 def make_text_encoder(folder: Path, *, width: int, max_length: int, seed: int, num_captions: int = 20_000) -> None:
@@ -182,27 +192,25 @@ def make_text_encoder(folder: Path, *, width: int, max_length: int, seed: int, n
     wrapped.save_pretrained(folder)
 
 
-class DenoiserTask:
+class WorldTask(DenoiserTask):
     """Train a denoiser on latents and caption embeddings of freshly rendered clips."""
-
-    name = "model"
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LatentTransformer,
         vae: PatchVAE,
         text_encoder: TextEncoder,
         objective: Objective,
         *,
         batch_size: int,
         seed: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.module: nn.Module = model
-        self.model: Any = model
-        self.vae, self.text_encoder, self.objective = vae, text_encoder, objective
+        super().__init__(model, objective, dtype)
+        self.vae, self.text_encoder = vae, text_encoder
         self.batch_size, self.seed = batch_size, seed
 
-    def batch(self, step: int) -> tuple[Tensor, Condition]:
+    def batch(self, step: int) -> tuple[Tensor, Condition, Facts]:
         """Latents (B, C, T, h, w), drawn from the posterior, and embedded captions; made on the worker's CPU."""
         frames, captions = [], []
         for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
@@ -212,17 +220,126 @@ class DenoiserTask:
             video = to_tensor(np.stack(frames))
             shape = self.vae.latent_shape(*video.shape[2:])
             noise = torch.randn(len(video), *shape, generator=torch.Generator().manual_seed(step_seed(self.seed, step)))
-            return self.vae.encode(video, noise), self.text_encoder.encode(captions)
+            latents = self.vae.encode(video, noise)
+        ids = tuple(f"{world_id(step, index)}" for index in range(self.batch_size))
+        count, flops = tokens_and_flops(self.model, shape)
+        facts = Facts(ids, count * self.batch_size, flops * self.batch_size)
+        return latents, self.text_encoder.encode(captions), facts
 
-    def losses(self, batch: tuple[Tensor, Condition], generator: torch.Generator) -> dict[str, Tensor]:
-        """The objective's loss with captions dropped at the model's own rate."""
+    def encoded(self, batch: tuple[Tensor, Condition, Facts], generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """What the worker made, on the model's device."""
         device = next(self.model.parameters()).device
-        latents, condition = batch[0].to(device), batch[1].to(device)
-        dropped = torch.rand(len(latents), generator=generator, device=device) < self.model.caption_dropout
-        condition = self.model.replace_captions(condition, dropped)
-        timestep = self.objective.draw_timesteps(len(latents), generator)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        return {
-            name: values.mean()
-            for name, values in self.objective.losses(self.model, latents, timestep, noise, condition).items()
-        }
+        return batch[0].to(device), batch[1].to(device)
+
+    def facts(self, batch: tuple[Tensor, Condition, Facts]) -> Facts:
+        """What the report says of a batch."""
+        return batch[2]
+
+
+def world_id(step: int, index: int) -> str:
+    """The name of a clip that is rendered for a step."""
+    return f"world-{step}-{index}"
+
+
+# the run --------------------------------------------------------------------------------------------------------------
+
+
+def check_world(config: Config) -> None:
+    """Refuse settings that this data cannot train.
+
+    Raises:
+        InputError: another size, or other kinds of encoders.
+    """
+    size = (config.video.num_frames, config.video.height, config.video.width)
+    if size != (world.NUM_FRAMES, world.SIZE, world.SIZE):
+        raise InputError(f"the world is 16x64x64, not {'x'.join(map(str, size))}", "use --preset tiny")
+    if (config.vae.kind, config.text.kind) != ("patch", "t5"):
+        raise InputError(
+            f"only a 'patch' VAE and a 't5' text encoder are trained from nothing, "
+            f"not '{config.vae.kind}' and '{config.text.kind}'",
+            "use --preset tiny",
+        )
+
+
+def train_world(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+    """Train autoencoder, text encoder and denoiser from nothing, one after the other.
+
+    Raises:
+        TrainingError, CheckpointError, ResourceError, Stopped: see `fit`.
+    """
+    yield from _train_vae(config, output, device)
+    yield from _train_text(config, output, device)
+    yield from _train_model(config, output, device)
+
+
+def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+    if (output / "vae").exists():
+        return
+    torch.manual_seed(config.train.seed)
+    vae = PatchVAE(latent_channels=config.model.in_channels).to(device)
+    recipe = _recipe(config, max_steps=config.train.vae_steps, batch_size=12, warmup_steps=30)
+    task = AutoencoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
+    yield from fit(task, recipe, output / CHECKPOINTS / task.name)
+    vae.cpu().eval()
+    task.measure_statistics()
+    with replacing_folder(output / "vae") as folder:
+        vae.save_pretrained(folder)
+
+
+def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+    if (output / "text").exists():
+        return
+    start = output / CHECKPOINTS / "text-start"
+    if not start.exists():
+        with replacing_folder(start) as folder:
+            make_text_encoder(
+                folder,
+                width=config.model.caption_channels,
+                max_length=config.model.caption_length,
+                seed=config.train.seed,
+            )
+    recipe = _recipe(config, max_steps=config.train.text_steps, batch_size=128, warmup_steps=50)
+    task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=config.model.caption_length)
+    task.module.to(device)
+    yield from fit(task, recipe, output / CHECKPOINTS / task.name)
+    with replacing_folder(output / "text") as folder:
+        task.encoder.cpu().save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+
+
+def _recipe(config: Config, **settings: int) -> TrainConfig:
+    """How the parts before the denoiser are trained; only their lengths are settings."""
+    return with_settings(config.train, {"lr": 2e-3, "accumulate": 1, **settings})
+
+
+def _train_model(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+    vae = PatchVAE.from_pretrained(output / "vae")
+    text = load_text_encoder(
+        "t5",
+        output / "text",
+        max_length=config.model.caption_length,
+        cleaning=config.text.cleaning,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    dtype = components.resolve_dtype(config.runtime.dtype, device)
+    model = components.build_initial_model(config)
+    prepare(model, config)
+    task = WorldTask(
+        model,
+        vae,
+        text,
+        components.build_objective(config),
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        dtype=dtype,
+    )
+    yield from fit(
+        task,
+        config.train,
+        output / CHECKPOINTS,
+        num_workers=config.train.num_workers,
+        settings=to_dict(config),
+        scale_loss=dtype is torch.float16,
+        peak_flops=peak_flops(device, dtype),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,10 @@ class LatentScale:
         """Raw latents (N, C, ...) -> latents for the denoiser."""
         return (raw - _per_channel(self.mean, raw)) * _per_channel(self.factor, raw)
 
+    def spread(self, deviation: Tensor) -> Tensor:
+        """Deviation of raw latents (N, C, ...) -> that of latents for the denoiser, which no mean shifts."""
+        return deviation * _per_channel(self.factor, deviation)
+
     def undo(self, latents: Tensor) -> Tensor:
         """Latents of the denoiser (N, C, ...) -> raw latents."""
         return latents / _per_channel(self.factor, latents) + _per_channel(self.mean, latents)
@@ -57,7 +62,7 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device).reshape(1, -1, *[1] * (like.ndim - 2))
 
 
-class DiffusersVAE:
+class DiffusersVAE(ABC):
     """A diffusers autoencoder with its strides, scaling and micro-batch; the kinds differ in what an item is.
 
     Latents and videos leave in float32 on the model's device, whatever its dtype: the draw from the posterior and the
@@ -125,22 +130,31 @@ class DiffusersVAE:
         first = 1 if self.causal_step else 0
         return first + (latent_frames - first) * self.stride[0]
 
-    def _check(self, video: Tensor, noise: Tensor | None) -> None:
-        batch, _, num_frames, height, width = video.shape
-        shape = (batch, *self.latent_shape(num_frames, height, width))
-        assert noise is None or noise.shape == shape, f"noise {tuple(noise.shape)} for latents {shape}"
+    @abstractmethod
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Video (B, 3, T, H, W) in [-1, 1] -> mean and deviation of its latents, each (B, C, T', h, w).
 
-    def _encode(self, items: Tensor, noise: Tensor | None, chunk: int) -> Tensor:
-        """Items (N, 3, ...) -> scaled latents (N, C, ...), `chunk` items at a time."""
-        noise = noise if self.sample_posterior else None
-        parts = []
-        for start in range(0, len(items), chunk):
-            posterior = self.model.encode(self._to_model(items[start : start + chunk])).latent_dist
-            raw = posterior.mean.float()
-            if noise is not None:
-                raw = raw + posterior.std.float() * noise[start : start + chunk].to(raw)
-            parts.append(self.scale.apply(raw))
-        return torch.cat(parts)
+        Raises:
+            InputError: the size or the number of frames does not divide.
+        """
+
+    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Video (B, 3, T, H, W) in [-1, 1] -> latents (B, C, T', h, w), sampled with `noise` of that shape if given.
+
+        Raises:
+            InputError: the size or the number of frames does not divide.
+        """
+        return sampled(*self.moments(video), noise)
+
+    def _moments(self, items: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """Items (N, 3, ...) -> mean and deviation of scaled latents, each (N, C, ...), `chunk` items at a time."""
+        means, deviations = [], []
+        for part in torch.split(items, chunk):
+            posterior = self.model.encode(self._to_model(part)).latent_dist
+            means.append(self.scale.apply(posterior.mean.float()))
+            deviations.append(self.scale.spread(posterior.std.float()))
+        mean, std = torch.cat(means), torch.cat(deviations)
+        return mean, std if self.sample_posterior else torch.zeros_like(std)
 
     def _decode(self, latents: Tensor, chunk: int, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Scaled latents (N, C, ...) -> items (N, 3, ...), `chunk` of them through `run` at a time."""
@@ -150,6 +164,14 @@ class DiffusersVAE:
 
     def _to_model(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.model.device, dtype=self.model.dtype)
+
+
+def sampled(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
+    """A draw from a posterior of moments (B, C, T', h, w) by noise of that shape; its mean without one."""
+    if noise is None:
+        return mean
+    assert noise.shape == mean.shape, f"noise {tuple(noise.shape)} for latents {tuple(mean.shape)}"
+    return mean + std * noise.to(mean)
 
 
 def halvings(block_out_channels: Sequence[int]) -> int:

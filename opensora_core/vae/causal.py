@@ -44,14 +44,14 @@ class CausalVAE(DiffusersVAE):
         )
 
     @torch.no_grad()
-    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Video (B, 3, T, H, W) in [-1, 1] -> latents (B, C, T', h, w), sampled with `noise` of that shape if given.
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Video (B, 3, T, H, W) in [-1, 1] -> mean and deviation of its latents, each (B, C, T', h, w).
 
         Raises:
             InputError: the size or the number of frames does not divide.
         """
-        self._check(video, noise)
-        return self._encode(video, noise, max(1, self.micro_batch // video.shape[2]))
+        self.latent_shape(*video.shape[2:])
+        return self._moments(video, max(1, self.micro_batch // video.shape[2]))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -31,15 +31,15 @@ class FrameVAE(DiffusersVAE):
         super().__init__(model, stride=(1, side, side), latent_channels=model.config.latent_channels, **options)
 
     @torch.no_grad()
-    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Video (B, 3, T, H, W) in [-1, 1] -> latents (B, C, T, h, w), sampled with `noise` of the same shape if given.
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Video (B, 3, T, H, W) in [-1, 1] -> mean and deviation of its latents, each (B, C, T, h, w).
 
         Raises:
             InputError: the size of the video does not divide.
         """
-        self._check(video, noise)
-        latents = self._encode(_to_frames(video), None if noise is None else _to_frames(noise), self.micro_batch)
-        return _to_video(latents, len(video))
+        self.latent_shape(*video.shape[2:])
+        mean, std = self._moments(_to_frames(video), self.micro_batch)
+        return _to_video(mean, len(video)), _to_video(std, len(video))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

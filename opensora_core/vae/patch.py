@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora_core.errors import CheckpointError
+from opensora_core.vae.autoencoder import sampled
 from opensora_core.vae.shapes import latent_grid
 
 CONFIG_FILE = "config.json"
@@ -130,22 +131,37 @@ class PatchVAE(nn.Module):
         """Frames that decode from so many latent frames."""
         return latent_frames
 
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Video (B, 3, T, H, W) in [-1, 1] -> mean and deviation of its normalised latents, each (B, C, T, h, w) fp32.
+
+        Raises:
+            InputError: a side that the patch does not divide.
+        """
+        batch, _, num_frames, height, width = video.shape
+        self.latent_shape(num_frames, height, width)
+        frames = video.transpose(1, 2).flatten(0, 1).to(self.dtype)
+        means, log_variances = zip(*map(self.posterior, torch.split(frames, self.micro_batch)), strict=True)
+        raw, deviation = torch.cat(means).float(), (0.5 * torch.cat(log_variances).float()).exp()
+        if not self.sample_posterior:
+            deviation = torch.zeros_like(deviation)
+        shift, scale = self._statistics(raw)
+        mean, std = (
+            part.view(batch, num_frames, *part.shape[1:]).transpose(1, 2)
+            for part in ((raw - shift) / scale, deviation / scale)
+        )
+        return mean, std
+
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, C, T, h, w) fp32.
 
         Args:
             video: the pixels.
             noise: standard normal (B, C, T, h, w) for a draw from the posterior; None takes its mean.
+
+        Raises:
+            InputError: a side that the patch does not divide.
         """
-        batch, _, num_frames, height, width = video.shape
-        self.latent_shape(num_frames, height, width)
-        frames = video.transpose(1, 2).flatten(0, 1).to(self.dtype)
-        means, log_variances = zip(*map(self.posterior, torch.split(frames, self.micro_batch)), strict=True)
-        raw = torch.cat(means).float()
-        if noise is not None and self.sample_posterior:
-            raw = raw + (0.5 * torch.cat(log_variances).float()).exp() * noise.transpose(1, 2).flatten(0, 1)
-        shift, scale = self._statistics(raw)
-        return ((raw - shift) / scale).view(batch, num_frames, *raw.shape[1:]).transpose(1, 2)
+        return sampled(*self.moments(video), noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, T, h, w) -> video (B, 3, T, H, W) fp32, about [-1, 1], not clamped."""

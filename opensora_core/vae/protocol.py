@@ -46,6 +46,18 @@ class VideoVAE(Protocol):
         """
         ...
 
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents that `encode` draws for a video (B, 3, T, H, W) in [-1, 1].
+
+        Returns:
+            mean and std, both (B, C, T', h, w) fp32, in the scale of the latents: `encode(video, noise)` is
+            `mean + std * noise`, to the bit. A VAE that was built with `sample_posterior` off has a std of zero.
+
+        Raises:
+            InputError: the size of the video does not divide.
+        """
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, T', h, w) to a video (B, 3, T, H, W), about [-1, 1], not clamped by us."""
         ...

@@ -147,6 +147,8 @@ def test_the_model_that_ships_is_the_default(core: Recorder) -> None:
         (["--size", "32x96"], {"video.height": 32, "video.width": 96}),
         (["--fps", "10"], {"video.source_fps": 30.0}),
         (["--fps", "10", "--set", "video.frame_interval=2"], {"video.source_fps": 20.0, "video.frame_interval": 2}),
+        (["--lora", "runs/a"], {"model.lora": "runs/a"}),
+        (["--lora", "a", "--set", "model.lora_scale=0.8"], {"model.lora": "a", "model.lora_scale": 0.8}),
         (["--device", "cpu"], {"runtime.device": "cpu"}),
         (["--dtype", "bf16"], {"runtime.dtype": "bf16"}),
         (["--compile"], {"runtime.compile": True}),

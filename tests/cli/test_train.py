@@ -20,13 +20,17 @@ from opensora_core.presets import preset
 
 @dataclass(frozen=True)
 class TrainProgress:
-    part: str
-    step: int
-    total: int
-    metrics: dict[str, float]
-    lr: float
-    clips_per_second: float
-    seconds_left: float
+    part: str = "model"
+    step: int = 10
+    total: int = 200
+    metrics: dict[str, float] = field(default_factory=lambda: {"loss": 0.51234})
+    lr: float = 1e-3
+    clips_per_second: float = 12.34
+    tokens_per_second: float = 56789.0
+    data_wait: float = 0.03
+    mfu: float | None = 0.456
+    peak_bytes: int = 2 * 10**9
+    seconds_left: float = 83.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Recorder:
     exported: list[tuple[Path, Path]] = field(default_factory=list)
     stopped: bool = False
 
-    def train(self, config: Config, *, output: Path, data: str, resume: bool) -> Iterator[Any]:
-        self.config, self.options = config, {"output": output, "data": data, "resume": resume}
-        yield TrainProgress("model", 10, 200, {"loss": 0.51234}, 1e-3, 12.34, 83.0)
+    def train(self, config: Config, *, output: Path, resume: bool) -> Iterator[Any]:
+        self.config, self.options = config, {"output": output, "resume": resume}
+        yield TrainProgress()
         yield CheckpointSaved("model", 10, output / "checkpoints")
         if self.stopped:
             raise Stopped("stopped after step 10", "repeat it with --resume", 15)
@@ -72,7 +76,9 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_the_tiny_preset_is_the_default(core: Recorder) -> None:
     assert run(["train"]) == 0
     assert core.config == preset("tiny")
-    assert core.options == {"output": Path("runs/tiny"), "data": "world", "resume": False}
+    assert core.config.data.source == "world"
+    assert core.options["output"].parent == Path("runs") and core.options["output"].name.startswith("tiny-")
+    assert core.options["resume"] is False
     assert core.exported == []
 
 
@@ -85,6 +91,14 @@ def test_the_tiny_preset_is_the_default(core: Recorder) -> None:
         (["--seed", "5"], {"train.seed": 5}),
         (["--device", "cpu"], {"runtime.device": "cpu"}),
         (["--set", "train.muon_lr=0.01"], {"train.muon_lr": 0.01}),
+        (["--data", "clips"], {"data.source": "clips"}),
+        (["--cache", "c"], {"data.cache": "c"}),
+        (["--max-rejects", "0.5"], {"data.max_rejects": 0.5}),
+        (["--init", "bundled"], {"train.init": "bundled"}),
+        (["--lora-rank", "8"], {"train.lora_rank": 8}),
+        (["--keep", "5"], {"train.keep_checkpoints": 5}),
+        (["--dtype", "bf16"], {"runtime.dtype": "bf16"}),
+        (["--compile"], {"runtime.compile": True}),
     ],
 )
 def test_each_flag_changes_its_setting(words: list[str], changes: dict[str, Any], core: Recorder) -> None:
@@ -109,8 +123,9 @@ def test_a_finished_run_is_exported(core: Recorder, tmp_path: Path, capsys: pyte
 def test_a_reader_sees_a_line_per_report(core: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train"]) == 0
     shown = capsys.readouterr()
-    assert "model 10/200  loss 0.5123  lr 1.00e-03  12.3 clips/s  1:23 left" in shown.err
-    assert "runs/tiny/checkpoints" in shown.err
+    assert "model 10/200  loss 0.5123  lr 1.00e-03  12.3 clips/s  5.68e+04 tokens/s  MFU 46%" in shown.err
+    assert "data wait 3%  2.0 GB  1:23 left" in shown.err
+    assert "/checkpoints" in shown.err
     assert shown.out == ""
 
 

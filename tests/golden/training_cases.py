@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from opensora_core.diffusion import IDDPM
 from opensora_core.tensors import Condition
 from opensora_core.training import checkpoint
 from opensora_core.training.ema import EMA
-from opensora_core.training.loop import TrainProgress, fit
+from opensora_core.training.events import TrainProgress
+from opensora_core.training.loop import Task, fit
 from tests.golden.case import Case
 from tests.golden.model_cases import TABLES, build_upstream, condition
 
@@ -59,7 +60,7 @@ def ema(case: Case) -> None:
             case.close(average.shadow.get(name, start[name]), f"{expected}{name}")
 
 
-class _Recorded:
+class _Recorded(Task):
     """The recorded batches, timesteps and noises in place of drawn ones."""
 
     name = "model"
@@ -75,10 +76,12 @@ class _Recorded:
         x, t, noise = (recorded[name] for name in names)
         return x, t, noise, condition(self.case, f"step{step}.y")
 
-    def losses(self, batch: tuple[Tensor, Tensor, Tensor, Condition], generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(
+        self, batch: tuple[Tensor, Tensor, Tensor, Condition], generator: torch.Generator, parts: int
+    ) -> Iterator[dict[str, Tensor]]:
         x, t, noise, captions = batch
         losses = self.objective.losses(self.model, x, t, noise, captions)
-        return {name: value.mean() for name, value in losses.items()}
+        yield {name: value.mean() for name, value in losses.items()}
 
 
 def _compared(name: str, value: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, Stopped, TrainingError
-from opensora_core.training import checkpoint
-from opensora_core.training.loop import CheckpointSaved, Event, Resumed, TrainProgress, fit
+from opensora_core.training import checkpoint, loop
+from opensora_core.training.events import CheckpointSaved, Event, Facts, Resumed, TrainProgress
+from opensora_core.training.loop import fit
 
 SETTINGS = TrainConfig(
     max_steps=6, batch_size=4, optimizer="muon", lr=1e-2, warmup_steps=2, decay_fraction=0.5, ema_decay=0.9, log_every=1
 )
 
 
-class Task:
+class Task(loop.Task):
     """A regression with draws in the batch and in the loss, matrices in blocks for Muon, and a norm for AdamW."""
 
     name = "toy"
@@ -38,11 +40,16 @@ class Task:
         batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         return batch * float("nan") if step == self.bad_step else batch
 
-    def losses(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, batch: Tensor, generator: torch.Generator, parts: int) -> Iterator[dict[str, Tensor]]:
         noise = torch.randn(batch.shape, generator=generator)
         if torch.equal(batch, self.batch(self.signal_at)):
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"loss": (self.module["blocks"](batch + noise) - batch).square().mean()}  # type: ignore[index]
+        for rows, noises in zip(batch.chunk(parts), noise.chunk(parts), strict=True):
+            error = self.module["blocks"](rows + noises) - rows  # type: ignore[index]
+            yield {"loss": error.square().sum() / batch.numel()}
+
+    def facts(self, batch: Tensor) -> Facts:
+        return Facts(ids=tuple(f"row {index}" for index in range(len(batch))), tokens=8, flops=100.0)
 
 
 def run(
@@ -70,7 +77,7 @@ def same(a: checkpoint.Saved, b: checkpoint.Saved) -> bool:
             return len(x) == len(y) and all(map(equal, x, y))
         return bool(x == y)
 
-    return all(equal(getattr(a, name), getattr(b, name)) for name in ("weights", "average", "optimizers", "state"))
+    return all(equal(getattr(a, name), getattr(b, name)) for name in ("weights", "average", "optimizer", "state"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -96,7 +103,7 @@ def test_the_module_is_left_with_the_average(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="step 4"):
+    with pytest.raises(TrainingError, match="step 5; the clips of this batch: row 0"):
         run(tmp_path, Task(bad_step=4), **{"checkpoint_every": 2})
     saved, _ = checkpoint.latest(tmp_path)
     assert saved is not None and saved.step == 4
@@ -106,14 +113,14 @@ def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -
 def test_old_checkpoints_make_room(tmp_path: Path) -> None:
     events, _ = run(tmp_path, **{"checkpoint_every": 1, "keep_checkpoints": 2})
     assert sum(isinstance(event, CheckpointSaved) for event in events) == 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
-@pytest.mark.parametrize("file", ["weights.safetensors", "average.safetensors", "optimizers.pt", "state.json"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: str, file: str) -> None:
     run(tmp_path, **{"checkpoint_every": 3})
-    broken = tmp_path / "step-00000006" / ("manifest.json" if damage == "no manifest" else file)
+    broken = tmp_path / "step-6" / ("manifest.json" if damage == "no manifest" else file)
     content = bytearray(broken.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -124,9 +131,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: s
         broken.unlink()
     saved, damaged = checkpoint.latest(tmp_path)
     assert saved is not None and saved.step == 3
-    assert len(damaged) == 1 and "step-00000006" in damaged[0]
-    shutil.rmtree(tmp_path / "step-00000003")
-    with pytest.raises(CheckpointError, match="step-00000006"):
+    assert len(damaged) == 1 and "step-6" in damaged[0]
+    shutil.rmtree(tmp_path / "step-3")
+    with pytest.raises(CheckpointError, match="step-6"):
         checkpoint.latest(tmp_path)
 
 
@@ -137,7 +144,7 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypat
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(Exception, match="no space left"):
         run(tmp_path, **{"max_steps": 4})
     assert sorted(tmp_path.rglob("*")) == before

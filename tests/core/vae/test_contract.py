@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from opensora_core.errors import CheckpointError, ConfigError, InputError, WeightsError
 from opensora_core.vae import VAES, VideoVAE, load_vae
+from opensora_core.vae.autoencoder import DiffusersVAE
+from opensora_core.vae.patch import PatchVAE
 
 STRIDES = {
     "kl": (1, 8, 8),
@@ -101,6 +104,48 @@ def test_the_posterior_is_sampled_with_the_noise_given(kind: str, vae_folder: Fo
 
 
 @every_kind
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 3}, {"sample_posterior": False}, {"dtype": torch.bfloat16}])
+def test_a_draw_is_mean_plus_deviation_times_noise_to_the_bit(
+    kind: str, options: dict[str, Any], vae_folder: Folder
+) -> None:
+    vae = load_vae(kind, vae_folder(kind), **options)
+    video = clip(vae)
+    noise = noise_for(vae, video)
+    mean, std = vae.moments(video)
+    assert mean.shape == std.shape == noise.shape
+    assert mean.dtype == std.dtype == torch.float32
+    assert not mean.requires_grad and not std.requires_grad
+    assert torch.equal(vae.encode(video), mean)
+    assert torch.equal(vae.encode(video, noise), mean + std * noise)
+    assert (std > 0).all() if options.get("sample_posterior", True) else not std.any()
+
+
+@every_kind
+def test_moments_are_those_of_the_scaled_posterior(kind: str, vae_folder: Folder) -> None:
+    vae = load_vae(kind, vae_folder(kind))
+    video = clip(vae)
+    if isinstance(vae, PatchVAE):
+        vae.latents_mean, vae.latents_std = torch.rand(2, 8).add(0.5).tolist()
+        frames = video.transpose(1, 2).flatten(0, 1)
+        raw_mean, log_variance = (part.unflatten(0, (len(video), -1)).transpose(1, 2) for part in vae.posterior(frames))
+        scale = torch.tensor(vae.latents_std).view(-1, 1, 1, 1)
+        expected = (
+            (raw_mean - torch.tensor(vae.latents_mean).view(-1, 1, 1, 1)) / scale,
+            (log_variance / 2).exp() / scale,
+        )
+    else:
+        assert isinstance(vae, DiffusersVAE)
+        frames = video.transpose(1, 2).flatten(0, 1) if kind in PER_FRAME else video
+        posterior = vae.model.encode(frames).latent_dist
+        expected = vae.scale.apply(posterior.mean), vae.scale.apply(posterior.mean + posterior.std)
+        expected = expected[0], expected[1] - expected[0]
+        if kind in PER_FRAME:
+            expected = tuple(part.unflatten(0, (len(video), -1)).transpose(1, 2) for part in expected)
+    for found, wanted in zip(vae.moments(video), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@every_kind
 def test_sizes_that_do_not_divide_name_the_nearest(kind: str, vae_folder: Folder) -> None:
     vae = load_vae(kind, vae_folder(kind))
     _, rows, columns = vae.stride
@@ -110,6 +155,8 @@ def test_sizes_that_do_not_divide_name_the_nearest(kind: str, vae_folder: Folder
         assert "--size" in caught.value.hint
         with pytest.raises(InputError):
             vae.encode(torch.zeros(1, 3, 1, height, width))
+        with pytest.raises(InputError):
+            vae.moments(torch.zeros(1, 3, 1, height, width))
     near = max(2 * rows, rows), columns
     with pytest.raises(InputError) as caught:
         vae.latent_shape(1, near[0] + 1, near[1])

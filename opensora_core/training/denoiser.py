@@ -1,0 +1,86 @@
+"""Training a denoiser on latents and captions, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_core.config import Config
+from opensora_core.diffusion.objective import Objective
+from opensora_core.lora import add_lora
+from opensora_core.models import LatentTransformer, freeze
+from opensora_core.tensors import Condition
+from opensora_core.training.loop import Task
+from opensora_core.training.memory import training_flops
+
+
+class DenoiserTask(Task):
+    """The objective on whatever `encoded` makes of a batch.
+
+    Args:
+        model: the denoiser; its weights are fp32.
+        objective: what it learns.
+        dtype: of the arithmetic; weights, losses and gradients stay fp32.
+    """
+
+    name = "model"
+
+    def __init__(self, model: LatentTransformer, objective: Objective, dtype: torch.dtype = torch.float32) -> None:
+        self.module = self.model = model
+        self.objective = objective
+        self.dtype = dtype
+
+    def encoded(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """Latents (B, C, T, h, w) and captions, on the model's device."""
+        raise NotImplementedError
+
+    def losses(self, batch: Any, generator: torch.Generator, parts: int) -> Iterator[dict[str, Tensor]]:
+        """The objective's loss with captions dropped at the model's own rate.
+
+        Everything is drawn for the whole batch at once, so the number of parts changes memory and no number.
+        """
+        latents, condition = self.encoded(batch, generator)
+        device, count = latents.device, len(latents)
+        dropped = torch.rand(count, generator=generator, device=device) < self.model.caption_dropout
+        condition = self.model.replace_captions(condition, dropped)
+        timestep = self.objective.draw_timesteps(count, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        for indices in torch.arange(count, device=device).chunk(parts):
+            part = slice(int(indices[0]), int(indices[-1]) + 1)
+            losses = self.objective.losses(self.denoise, latents[part], timestep[part], noise[part], condition[part])
+            yield {name: values.mean() * (len(indices) / count) for name, values in losses.items()}
+
+    def denoise(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """The model in the dtype of the arithmetic."""
+        with autocast(latents.device, self.dtype):
+            result: Tensor = self.model(latents, timestep, condition)
+        return result
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Products in `dtype`, sums and weights in fp32; nothing at all for fp32."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+
+
+def prepare(model: LatentTransformer, config: Config) -> None:
+    """Choose what of a model is trained, and how it runs."""
+    train = config.train
+    if train.trainable == "temporal-only":
+        freeze(model, "not_temporal")
+    elif train.trainable == "all-but-text":
+        freeze(model, "text")
+    if train.lora_rank:
+        add_lora(model, train.lora_rank, train.lora_alpha, seed=train.seed)
+    if config.runtime.compile:
+        for block in model.blocks:  # one block at a time: the next ones reuse what the first one compiled
+            block.compile()
+
+
+def tokens_and_flops(model: LatentTransformer, latent: tuple[int, ...]) -> tuple[int, float]:
+    """Tokens of a sample, and floating-point operations of training on it."""
+    frames, rows, columns = model.x_embedder.grid(torch.empty(1, *latent, device="meta"))
+    return frames * rows * columns, training_flops(model, latent)

@@ -1,0 +1,225 @@
+"""A run, from its folder to its last step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from opensora_core import components
+from opensora_core.config import Config, to_dict
+from opensora_core.data.dataset import Batches, CachedClips, ClipReader
+from opensora_core.data.order import BatchOrder
+from opensora_core.data.survey import UNREADABLE
+from opensora_core.errors import OsoraError, ResourceError, Stopped, UsageError
+from opensora_core.files import write_bytes
+from opensora_core.runs import (
+    CHECKPOINTS,
+    CLIPS_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    REJECTS_FILE,
+    checkpoints,
+    is_checkpoint,
+    only_writer,
+    step_of,
+)
+from opensora_core.training.clips import ClipsTask, Rejects
+from opensora_core.training.corpus import Corpus, gather
+from opensora_core.training.denoiser import prepare
+from opensora_core.training.encoders import Parts
+from opensora_core.training.events import Event, Notice, Working
+from opensora_core.training.filling import fill
+from opensora_core.training.loop import fit
+from opensora_core.training.memory import peak_flops
+from opensora_core.training.report import Recorder
+from opensora_core.training.settings import WORLD, check_settings, with_absolute_paths
+from opensora_core.training.validation import prepare_validation
+from opensora_core.training.world import train_world
+
+
+def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Event]:
+    """Train a denoiser on `data.source`; `world` trains autoencoder and text encoder first, all from nothing.
+
+    Args:
+        config: the settings; saved in the run's folder and with every checkpoint.
+        output: the run's folder, see `opensora_core.runs`; to resume, also one of its checkpoints.
+        resume: go on with the run that is there.
+
+    Raises:
+        UsageError: a folder that holds a run already or is in use, none to resume, or no data.
+        InputError: data that cannot be read, or of which nothing is usable.
+        ConfigError: settings that contradict each other.
+        TrainingError, CheckpointError, WeightsError, ResourceError, DeviceError, Stopped: see `fit`.
+    """
+    run = _run_of(output)
+    config = with_absolute_paths(config)
+    check_settings(config)
+    if not resume and _has_begun(run):
+        raise UsageError(f"{run} holds a run already", f"go on with it by --resume {run}, or choose another --output")
+    if resume and not (run / CONFIG_FILE).exists():
+        raise UsageError(f"{run} holds no run to resume", "leave out --resume to start one")
+    device = components.resolve_device(config.runtime.device)
+    components.tune_allocator(device)
+    is_new = not run.exists()
+    try:
+        with only_writer(run), _advice(config):
+            if not resume:  # what a start that came to nothing left there
+                for name in (CLIPS_FILE, REJECTS_FILE, METRICS_FILE):
+                    (run / name).unlink(missing_ok=True)
+                shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+            if output != run:
+                yield from _go_back(run, output)
+            write_bytes(run / CONFIG_FILE, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+            events = train_world(config, run, device) if config.data.source == WORLD else _clips(config, run)
+            yield from _recorded(events, run, config)
+    except OsoraError:
+        if is_new and not _has_begun(run) and not (run / REJECTS_FILE).exists():
+            shutil.rmtree(run, ignore_errors=True)  # it never began, and has nothing to tell
+        raise
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is something in a run's folder that would be lost if it began anew."""
+    return any((run / CHECKPOINTS).glob("**/step-*")) or (run / "vae").exists()
+
+
+def _run_of(output: Path) -> Path:
+    return output.resolve().parents[1] if is_checkpoint(output) else output
+
+
+def _go_back(run: Path, wanted: Path) -> Iterator[Event]:
+    """Set the checkpoints aside that are newer than the one to resume from."""
+    for newer in checkpoints(run / CHECKPOINTS):
+        if step_of(newer) > step_of(wanted):
+            newer.rename(newer.with_name(f"{newer.name}.left"))
+            yield Notice(f"{newer} is set aside as {newer.name}.left")
+
+
+def _recorded(events: Iterator[Event], run: Path, config: Config) -> Iterator[Event]:
+    """Pass events on, and write down what they measured."""
+    saved = checkpoints(run / CHECKPOINTS)
+    recorder = Recorder(run, config, step_of(saved[0]) if saved else 0)
+    try:
+        for event in events:
+            recorder.write(event)
+            yield event
+    except Stopped as error:
+        raise Stopped(error.message, f"resume with: osora train --resume {run}", error.exit_code - 128) from error
+    finally:
+        recorder.close()
+
+
+def fill_cache(config: Config) -> Iterator[Event]:
+    """Fill `data.cache` with what training would encode, and stop.
+
+    Raises:
+        As `train`.
+    """
+    config = with_absolute_paths(config)
+    check_settings(config, cache_only=True)
+    device = components.resolve_device(config.runtime.device)
+    components.tune_allocator(device)
+    folder = Path(config.data.cache)
+    with _advice(config):
+        corpus = yield from gather(config, None)
+        rejects = Rejects(folder, len(corpus.manifest), config.data.max_rejects)
+        yield from _left_out(corpus, rejects)
+        yield from fill(config, corpus, _reader(config, corpus), rejects)
+
+
+def _clips(config: Config, run: Path) -> Iterator[Event]:
+    """Train on the clips of a manifest."""
+    device = components.resolve_device(config.runtime.device)
+    dtype = components.resolve_dtype(config.runtime.dtype, device)
+    corpus = yield from gather(config, run)
+    rejects = Rejects(run, len(corpus.manifest), config.data.max_rejects)
+    yield from _left_out(corpus, rejects)
+    reader = _reader(config, corpus)
+    cached: CachedClips | None = None
+    if config.data.cache:
+        cached = yield from fill(config, corpus, reader, rejects)
+    parts = Parts(config)
+    validation = yield from prepare_validation(config, run, corpus, reader, parts)
+    yield Working("loading the model", 0, 1)
+    notices: list[str] = []
+    model = components.build_initial_model(config, parts.null_caption, notices.append)
+    yield from map(Notice, notices)
+    prepare(model, config)
+    encoders = parts.encoders() if cached is None else parts.let_go()
+    sizes = [bucket.batch_size for bucket in corpus.buckets]
+    task = ClipsTask(
+        model,
+        components.build_objective(config),
+        source=Batches(reader, BatchOrder(corpus.members, sizes, config.train.seed), cached),
+        encoders=encoders,
+        rejects=rejects,
+        validation=validation,
+        dtype=dtype,
+        lora=(config.train.lora_rank, config.train.lora_alpha) if config.train.lora_rank else None,
+    )
+    yield from fit(
+        task,
+        config.train,
+        run / CHECKPOINTS,
+        num_workers=config.train.num_workers,
+        settings=to_dict(config),
+        scale_loss=dtype is torch.float16,
+        peak_flops=peak_flops(device, dtype),
+    )
+
+
+def _left_out(corpus: Corpus, rejects: Rejects) -> Iterator[Event]:
+    """Write down the clips that the survey left out, and tell how many there were."""
+    if corpus.survey is None:
+        return
+    for clip, reason in corpus.survey.rejects():
+        yield from rejects.add(clip, reason, broken=reason.startswith(UNREADABLE))
+    if corpus.survey.reasons:
+        counted = ", ".join(f"{count} {reason}" for reason, count in corpus.survey.reasons.most_common())
+        used = f"{corpus.survey.num_usable} of {len(corpus.manifest)} clips are used"
+        yield Notice(f"{used}; left out: {counted}; see {rejects.path}")
+
+
+def _reader(config: Config, corpus: Corpus) -> ClipReader:
+    return ClipReader(
+        corpus.manifest,
+        corpus.buckets,
+        corpus.pace,
+        resize=config.data.resize,
+        flip=config.data.flip,
+        seed=config.train.seed,
+        threads=config.data.decode_threads,
+    )
+
+
+@contextmanager
+def _advice(config: Config) -> Iterator[None]:
+    """Turn running out of memory into an error that says which flags would help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not components.is_out_of_memory(error):
+            raise
+        train, video = config.train, config.video
+        advice = [
+            (train.batch_size > 1, f"--batch-size {max(train.batch_size // 2, 1)}"),
+            (
+                train.accumulate < train.batch_size,
+                f"--set train.accumulate={min(2 * train.accumulate, train.batch_size)}",
+            ),
+            (train.recompute < 1, "--set train.recompute=1"),
+            (config.runtime.dtype in ("auto", "fp32"), "--dtype bf16"),
+            (not config.data.cache, "--cache DIR, which keeps the encoders out of memory"),
+            (not train.lora_rank, "--set train.lora_rank=16"),
+            (train.optimizer == "adamw", "--set train.optimizer=adamw-8bit"),
+            (config.vae.micro_batch > 1, "--set vae.micro_batch=1"),
+            (video.num_frames > 1, f"--set video.num_frames={max(video.num_frames // 2, 1)}"),
+        ]
+        flags = [flag for helps, flag in advice if helps]
+        device = components.resolve_device(config.runtime.device)
+        raise ResourceError(f"out of memory on {device}", "what makes it smaller: " + ", ".join(flags)) from error
