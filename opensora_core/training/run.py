@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from opensora_core import components
-from opensora_core.config import Config, to_dict
+from opensora_core import assets, components
+from opensora_core.config import Config, to_dict, with_settings
 from opensora_core.data.dataset import Batches, CachedClips, ClipReader
 from opensora_core.data.order import BatchOrder
 from opensora_core.data.survey import UNREADABLE
@@ -126,6 +126,7 @@ def fill_cache(config: Config) -> Iterator[Event]:
     components.tune_allocator(device)
     folder = Path(config.data.cache)
     with _advice(config):
+        yield from _find_weights(config, with_init=False)
         corpus = yield from gather(config, None)
         rejects = Rejects(folder, len(corpus.manifest), config.data.max_rejects)
         yield from _left_out(corpus, rejects)
@@ -136,6 +137,7 @@ def _clips(config: Config, run: Path) -> Iterator[Event]:
     """Train on the clips of a manifest."""
     device = components.resolve_device(config.runtime.device)
     dtype = components.resolve_dtype(config.runtime.dtype, device)
+    yield from _find_weights(config)
     corpus = yield from gather(config, run)
     rejects = Rejects(run, len(corpus.manifest), config.data.max_rejects)
     yield from _left_out(corpus, rejects)
@@ -171,6 +173,22 @@ def _clips(config: Config, run: Path) -> Iterator[Event]:
         scale_loss=dtype is torch.float16,
         peak_flops=peak_flops(device, dtype),
     )
+
+
+def _find_weights(config: Config, *, with_init: bool = True) -> Iterator[Event]:
+    """Find or download all weights before anything else is done: what cannot be had is said at once.
+
+    Raises:
+        UsageError, WeightsError, CheckpointError: there are none.
+    """
+    wanted: list[tuple[assets.Kind, Config]] = [("vae", config)]
+    if config.text.weights:
+        wanted.append(("text", config))
+    if with_init and config.train.init:
+        wanted.append(("model", with_settings(config, {"model.weights": config.train.init})))
+    for kind, settings in wanted:
+        yield Working(f"finding {components.word_of(settings, kind)}", 0, 1)
+        components.locate(settings, kind)
 
 
 def _left_out(corpus: Corpus, rejects: Rejects) -> Iterator[Event]:

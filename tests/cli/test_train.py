@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,7 +15,7 @@ import opensora_core
 from opensora_cli.app import run
 from opensora_core.config import Config, to_dict, with_settings
 from opensora_core.errors import Stopped, UsageError
-from opensora_core.presets import preset
+from opensora_core.presets import RECIPES, preset
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,24 @@ class Recorder:
     config: Config = field(default_factory=Config)
     options: dict[str, Any] = field(default_factory=dict)
     exported: list[tuple[Path, Path]] = field(default_factory=list)
+    chapters: list[Any] = field(default_factory=list)
     stopped: bool = False
+
+    class Chapter(NamedTuple):
+        name: str
+        config: Config
+
+    def train_recipe(self, chapters: list[Any], *, output: Path, resume: bool = False) -> Iterator[Any]:
+        self.chapters, self.options = chapters, {"output": output, "resume": resume}
+        yield from ()
+
+    def examine(self, config: Config, *, measure: bool, write_manifest: Path | None = None) -> Iterator[Any]:
+        self.config, self.options = config, {"measure": measure, "write_manifest": write_manifest}
+        yield from ()
+
+    def fill_cache(self, config: Config) -> Iterator[Any]:
+        self.config, self.options = config, {"fill": True}
+        yield from ()
 
     def train(self, config: Config, *, output: Path, resume: bool) -> Iterator[Any]:
         self.config, self.options = config, {"output": output, "resume": resume}
@@ -146,3 +163,100 @@ def test_a_run_that_is_stopped_says_how_to_go_on(core: Recorder, capsys: pytest.
 def test_an_export_that_cannot_be_is_refused_before_the_run(core: Recorder, tmp_path: Path) -> None:
     assert run(["train", "--output", str(tmp_path / "run"), "--export", str(tmp_path / "full")]) == 2
     assert not core.options and not core.exported
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume", "RUN"], ["--resume=RUN"], ["--output", "RUN", "--resume"], ["--resume"]]
+)
+def test_a_run_is_resumed_by_name_by_output_or_from_inside(
+    words: list[str], core: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = with_settings(preset("16x256x256"), {"train.max_steps": 77, "data.source": "clips"})
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "config.json").write_text(json.dumps(to_dict(started)))
+    monkeypatch.chdir(run_folder if words == ["--resume"] else tmp_path)
+    assert run(["train", *(word.replace("RUN", str(run_folder)) for word in words), "--json"]) == 0
+    assert core.config == started
+    assert core.options["resume"] is True and core.options["output"].resolve() == run_folder
+
+
+def test_nothing_to_resume_names_what_there_is(
+    core: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/config.json").write_text("{}")
+    assert run(["train", "--resume"]) == 2
+    assert "osora train --resume runs/mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--stage", "1"], "1x256x256"),
+        (["--stage", "1", "--preset", "1x512x512"], "1x512x512"),
+        (["--stage", "2"], "16x256x256"),
+        (["--stage", "3"], "16x512x512"),
+        (["--stage", "3", "--preset", "16x256x256-hq"], "16x256x256-hq"),
+        (["--stage", "3", "--preset", "64x512x512"], "64x512x512"),
+    ],
+)
+def test_a_stage_is_a_preset(words: list[str], name: str, core: Recorder) -> None:
+    assert run(["train", *words, "--data", "clips"]) == 0
+    assert core.config == with_settings(preset(name), {"data.source": "clips"})
+    assert core.options["output"].name.startswith(f"{name}-")
+
+
+def test_a_recipe_has_all_stages_and_their_data(core: Recorder) -> None:
+    words = ["--recipe", "three-stages", "--data", "videos", "--data", "1=images", "--data", "3=best", "--steps", "9"]
+    assert run(["train", *words]) == 0
+    assert [chapter.name for chapter in core.chapters] == list(RECIPES["three-stages"])
+    assert [chapter.config.data.source for chapter in core.chapters] == ["images", "videos", "best", "best", "best"]
+    assert all(chapter.config.train.max_steps == 9 for chapter in core.chapters)
+    assert core.options["output"].name.startswith("three-stages-")
+
+
+def test_a_recipe_is_resumed(core: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("[]")
+    assert run(["train", "--resume", str(tmp_path)]) == 0
+    assert core.options == {"output": tmp_path, "resume": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--dry-run"], {"measure": False, "write_manifest": None}),
+        (["--dry-run=measure"], {"measure": True, "write_manifest": None}),
+        (["--dry-run", "--write-manifest", "c.jsonl"], {"measure": False, "write_manifest": Path("c.jsonl")}),
+        (["--cache", "c", "--cache-only"], {"fill": True}),
+    ],
+)
+def test_what_only_looks_or_prepares(words: list[str], options: dict[str, Any], core: Recorder) -> None:
+    assert run(["train", "--data", "clips", *words]) == 0
+    assert core.options == options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stage", "4"], "there is no stage 4"),
+        (["--stage", "2", "--preset", "64x512x512"], "none of stage 2"),
+        (["--recipe", "two-stages"], "unknown recipe"),
+        (["--recipe", "three-stages", "--stage", "1"], "its own stages"),
+        (["--data", "a", "--data", "b"], "given 2 times"),
+        (["--dry-run=twice"], "--dry-run=twice is unknown"),
+        (["--write-manifest", "c.jsonl"], "for --dry-run"),
+    ],
+)
+def test_words_that_contradict_each_other(
+    words: list[str], message: str, core: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not core.options
+
+
+def test_a_bare_flag_of_another_verb_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--prompt", "train", "--dry-run"]) == 0
+    assert "train" in capsys.readouterr().out
