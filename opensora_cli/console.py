@@ -239,8 +239,11 @@ class Console:
     def _show_checkup(self, event: Any) -> None:
         self._stop_progress()
         self.notice(f"{event.source} was read as {event.format}")
-        rows = [(reason, count, event.examples.get(reason, "")) for reason, count in event.reasons.items()]
-        self.table(f"clips: {event.usable} of {event.clips} can be trained on", ("left out", "clips", "example"), rows)
+        usable = f"{event.usable} of {event.clips} clips can be trained on"
+        if rows := [(reason, count, event.examples[reason]) for reason, count in event.reasons.items()]:
+            self.table(usable, ("left out", "clips", "example"), rows)
+        elif event.clips:
+            self.text(usable)
         buckets = [
             (plan.size, plan.clips, plan.batch_size, plan.tokens_per_batch, f"{plan.steps_per_epoch:.1f}")
             for plan in event.buckets
@@ -249,7 +252,7 @@ class Console:
         trained = "" if event.trained == event.parameters else f", {event.trained:,} of them trained"
         facts = [
             ("parameters", f"{event.parameters:,}{trained}"),
-            ("arithmetic of a step", f"{event.teraflops:.3g} TFLOP"),
+            ("arithmetic of a step", f"{event.teraflops:.3g} TFLOP" if event.teraflops >= 0.01 else "next to none"),
             ("epochs of the run", f"{event.epochs:.1f}"),
             *((f"memory: {name}", readable(size)) for name, size in event.memory.items()),
             ("a checkpoint on disk", readable(event.checkpoint_bytes)),

@@ -214,6 +214,10 @@ def train(
     _check_words(
         resume=resume, recipe=recipe, stage=stage, preset=preset, dry_run=dry_run, write_manifest=write_manifest
     )
+    if recipe is not None and (cache_only or write_manifest is not None):
+        raise UsageError(
+            "--cache-only and --write-manifest are for one run, not for a recipe", "name a --stage instead"
+        )
     if recipe is not None:
         _recipe(
             recipe,
@@ -223,6 +227,7 @@ def train(
             flags=flags,
             output=output,
             dry_run=dry_run,
+            export=export,
             print_config=print_config,
         )
         return
@@ -234,6 +239,10 @@ def train(
     if run is not None and resume is not None and options.is_recipe(run):
         from opensora_core import training
 
+        if data or config or set_ or preset or export or any(value is not None for value in flags.values()):
+            raise UsageError(
+                "a recipe goes on with the settings that it began with", f"osora train --resume {run}, and nothing else"
+            )
         console.follow(training.train_recipe([], output=run, resume=True))
         return
     saved = options.saved_settings(run) if run is not None and resume is not None else None
@@ -298,6 +307,7 @@ def _recipe(
     flags: dict[str, Any],
     output: Path | None,
     dry_run: str | None,
+    export: Path | None,
     print_config: bool,
 ) -> None:
     """Resolve every stage of a recipe, and train them."""
@@ -320,8 +330,13 @@ def _recipe(
             console.follow(training.examine(settings, measure=dry_run == "measure"))
         return
     run = output or _new_run(name)
+    if export is not None:
+        training.check_export(export)
     console.follow(training.train_recipe([training.Chapter(*chapter) for chapter in chapters], output=run))
-    console.notice(f"the model is ready: osora sample --model {run}/{len(chapters)}-{chapters[-1][0]} --prompt 'waves'")
+    last = run / f"{len(chapters)}-{chapters[-1][0]}"
+    if export is not None:
+        training.export(last, export)
+    console.notice(f"the model is ready: osora sample --model {export or last} --prompt '...'")
 
 
 def _data_of(data: list[str], preset: str) -> str | None:

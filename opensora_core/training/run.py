@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from opensora_core import assets, components
-from opensora_core.config import Config, to_dict, with_settings
+from opensora_core.config import Config, read_settings, to_dict, with_settings
 from opensora_core.data.dataset import Batches, CachedClips, ClipReader
 from opensora_core.data.order import BatchOrder
 from opensora_core.data.survey import UNREADABLE
@@ -63,6 +63,11 @@ def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Eve
         raise UsageError(f"{run} holds a run already", f"go on with it by --resume {run}, or choose another --output")
     if resume and not (run / CONFIG_FILE).exists():
         raise UsageError(f"{run} holds no run to resume", "leave out --resume to start one")
+    if resume and (began := read_settings(run / CONFIG_FILE).get("data.source")) != config.data.source:
+        raise UsageError(
+            f"{run} learns from {began} and keeps the clips that it began with, but --data is {config.data.source}",
+            f"start another run from what this one has learned: --init {run}",
+        )
     device = components.resolve_device(config.runtime.device)
     components.tune_allocator(device)
     is_new = not run.exists()

@@ -221,6 +221,7 @@ def test_a_recipe_is_resumed(core: Recorder, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("[]")
     assert run(["train", "--resume", str(tmp_path)]) == 0
     assert core.options == {"output": tmp_path, "resume": True}
+    assert run(["train", "--resume", str(tmp_path), "--steps", "3"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,7 @@ def test_what_only_looks_or_prepares(words: list[str], options: dict[str, Any], 
         (["--stage", "2", "--preset", "64x512x512"], "none of stage 2"),
         (["--recipe", "two-stages"], "unknown recipe"),
         (["--recipe", "three-stages", "--stage", "1"], "its own stages"),
+        (["--recipe", "three-stages", "--data", "a", "--cache-only"], "not for a recipe"),
         (["--data", "a", "--data", "b"], "given 2 times"),
         (["--dry-run=twice"], "--dry-run=twice is unknown"),
         (["--write-manifest", "c.jsonl"], "for --dry-run"),

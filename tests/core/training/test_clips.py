@@ -320,6 +320,8 @@ def test_a_run_is_a_model_a_start_and_an_export(model: Path, clips: Path, tmp_pa
     export(first, tmp_path / "export")
     exported = components.build_model(with_settings(config, {"model.weights": str(tmp_path / "export")}))
     assert torch.allclose(exported.state_dict()["final_layer.linear.weight"], a["final_layer.linear.weight"], atol=1e-2)
+    with pytest.raises(UsageError, match="keeps the clips that it began with"):
+        run(with_settings(config, {"data.source": str(tmp_path)}), first, resume=True)
     with pytest.raises(CheckpointError, match="another model"):
         run(with_settings(config, {"model.depth": 1, "train.max_steps": 3}), first, resume=True)
 
