@@ -13,8 +13,15 @@ from opensora_cli.console import console, plain
 from opensora_cli.options import OUTPUT, RUNTIME
 from opensora_core.errors import UsageError, nearest
 
-SUITE_NAMES = {"world": "how well the model that ships follows its prompts"}
-QUICK_PROMPTS = 24
+SUITE_NAMES = {
+    "world": "how well the model that ships follows its prompts",
+    "train": "how fast a preset trains, and where its time and memory go",
+    "data": "how fast training reads clips, against reading whole files",
+}
+OWNERS = {"prompts": "world", "seeds": "world", "data": "data"}
+"""Flags that are of one suite alone."""
+
+ONE_SUITE = "Of one suite"
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -22,6 +29,10 @@ EXAMPLES = """
 [cyan]osora bench world[/]
 
 [cyan]osora bench world --model my-model --output world.json[/]
+
+[cyan]osora bench train --preset 16x256x256 --set train.recompute=1[/]
+
+[cyan]osora bench data --data clips/ --quick[/]
 """
 
 
@@ -30,24 +41,48 @@ def bench(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="What to measure: world.",
+            help=f"What to measure: {', '.join(SUITE_NAMES)}.",
             autocompletion=lambda: list(SUITE_NAMES.items()),
             show_default=False,
         ),
     ],
     *,
     model: options.ModelOpt = None,
-    prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per split.", rich_help_panel=RUNTIME)] = 240,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Samples per prompt.", rich_help_panel=RUNTIME)] = 2,
+    preset: options.PresetOpt = None,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick",
-            metavar="",
-            help=f"A first look: {QUICK_PROMPTS} prompts, once.",
-            rich_help_panel=RUNTIME,
-        ),
+        typer.Option("--quick", metavar="", help="A first look, in a minute or two.", rich_help_panel=RUNTIME),
     ] = False,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="world: prompts per split.",
+            show_default="240, or 24 with --quick",
+            rich_help_panel=ONE_SUITE,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="world: samples per prompt.",
+            show_default="2, or 1 with --quick",
+            rich_help_panel=ONE_SUITE,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="data: a manifest or a folder of clips.",
+            show_default="clips that it makes",
+            rich_help_panel=ONE_SUITE,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Also write the numbers as JSON.", rich_help_panel=OUTPUT),
@@ -55,39 +90,54 @@ def bench(
     config: options.ConfigOpt = None,
     set_: options.SetOpt = None,
     device: options.DeviceOpt = None,
+    dtype: options.DTypeOpt = None,
     json: options.JsonOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Measure, in one command, what the documentation claims."""
     if suite not in SUITE_NAMES:
         raise UsageError(f"unknown suite '{suite}'", nearest(suite, SUITE_NAMES))
-    preset, saved = options.base(None, model)
-    flags = {"model.weights": model, "runtime.device": device}
+    given = {name: value for name, value in (("prompts", prompts), ("seeds", seeds), ("data", data)) if value}
+    for name, value in given.items():
+        if suite != OWNERS[name]:
+            raise UsageError(
+                f"--{name} {value} says nothing to 'osora bench {suite}'",
+                f"leave it out, or: osora bench {OWNERS[name]} --{name} {value}",
+            )
+    own = {"source" if name == "data" else name: value for name, value in given.items()}
+    start, saved = options.base(preset, model)
+    flags = {"model.weights": model, "runtime.device": device, "runtime.dtype": dtype}
     # larger batches than a user wants, unless one says otherwise: nobody waits for the first sample
     words = ["sampling.batch_size=16", *(set_ or [])]
-    settings, _ = options.resolve(preset, config, words, flags, saved)
-    if quick:
-        prompts, seeds = min(prompts, QUICK_PROMPTS), 1
+    settings, _ = options.resolve(start, config, words, flags, saved)
 
-    from opensora_core.bench import SUITES, Measurement
+    from opensora_core.bench import SUITES, Measurement, Notice
 
     found: list[Any] = []
+    notices: list[str] = []
 
     def kept() -> Any:
-        for event in SUITES[suite](settings, prompts=prompts, seeds=seeds):
+        for event in SUITES[suite](settings, quick=quick, **own):
             if isinstance(event, Measurement):
                 found.append(event)
                 if not console.as_json:
                     continue
+            elif isinstance(event, Notice):
+                notices.append(event.message)
             yield event
 
     console.follow(kept())
     if not console.as_json:
-        rows = [(f"{item.case}: {item.metric}", f"{item.value:.3f}", item.unit, item.count) for item in found]
+        rows = [(f"{item.case}: {item.metric}", _number(item.value), item.unit, item.count) for item in found]
         console.table(f"bench {suite}", ("measured", "value", "unit", "of"), rows)
     if output is not None:
         from opensora_core.bench.machine import describe
         from opensora_core.files import write_bytes
 
-        report = {"suite": suite, **describe(settings), "measurements": plain(found)}
+        report = {"suite": suite, **describe(settings, suite), "notices": notices, "measurements": plain(found)}
         write_bytes(output, (json_format.dumps(report, indent=1) + "\n").encode())
+
+
+def _number(value: float) -> str:
+    """Three digits behind the point are enough for shares and seconds, and none for what is counted in thousands."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -19,7 +19,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -110,10 +110,14 @@ def only_writer(run: Path) -> Iterator[None]:
     except OSError as error:
         raise refusal(run, error) from error
     try:
-        (run / HOLDER_FILE).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        try:
+            (run / HOLDER_FILE).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        except OSError as error:
+            raise refusal(run, error) from error
         yield
     finally:
-        (run / HOLDER_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that fails must not keep the lock
+            (run / HOLDER_FILE).unlink(missing_ok=True)
         lock.release()
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from opensora_core.bench import world
+from opensora_core.bench import data, train, world
 from opensora_core.bench.measurement import Event, Measurement
+from opensora_core.sampling import Notice
 
-__all__ = ["SUITES", "Event", "Measurement"]
+__all__ = ["SUITES", "Event", "Measurement", "Notice"]
 
 SUITES: dict[str, Callable[..., Iterator[Event]]] = {
     "world": world.measure,
+    "train": train.measure,
+    "data": data.measure,
 }
+"""Each is called as `measure(config, *, quick, ...)`, where the dots are options of its own."""

@@ -27,6 +27,8 @@ from opensora_core.media import read_video, to_uint8
 from opensora_core.training.world import to_tensor
 
 SPLITS: tuple[Literal["seen", "held-out"], ...] = ("seen", "held-out")
+PROMPTS, SEEDS = 240, 2
+QUICK_PROMPTS = 24
 TOGETHER = ("color", "shape", "motion")
 _LINEAR = ("left", "right", "up", "down")
 _JUMP_LIMIT = 2.5  # of the median step between frames, beyond which an object counts as having jumped
@@ -34,17 +36,20 @@ _JUMP_LIMIT = 2.5  # of the median step between frames, beyond which an object c
 Frames = NDArray[np.uint8]
 
 
-def measure(config: Config, *, prompts: int = 240, seeds: int = 2) -> Iterator[Event]:
+def measure(config: Config, *, quick: bool = False, prompts: int = PROMPTS, seeds: int = SEEDS) -> Iterator[Event]:
     """Measure the autoencoder alone, then prompt-following and steadiness per split, then cost.
 
     Args:
         config: the settings of the model, as for `sample`.
+        quick: no more than `QUICK_PROMPTS` prompts, once each.
         prompts: how many per split.
         seeds: how many samples of each prompt.
 
     Raises:
         InputError: a model that does not make videos of the world's size.
     """
+    if quick:
+        prompts, seeds = min(prompts, QUICK_PROMPTS), 1
     yield from _measure_vae(config, num_clips=max(prompts // 4, 8))
     seconds: list[float] = []
     for split in SPLITS:

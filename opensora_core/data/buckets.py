@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opensora_core.data.frames import span_at_rate
 from opensora_core.errors import ConfigError
 
 _WORD = re.compile(r"(\d+)x(\d+)x(\d+)(?::(\d+))?")
@@ -32,8 +33,8 @@ class Pace:
 
     Attributes:
         frame_interval: distance between two, in frames of the clip.
-        fps: frames per second of a sample, where clips of different rates are to move at the same speed; 0 keeps to
-            the interval.
+        fps: frames per second of a sample, where clips of different rates are to move at the same speed (one of an
+            unknown rate is taken to have this one); 0 keeps to the interval.
         squeeze: a clip shorter than the span is sampled more densely, as published, down to every frame.
     """
 
@@ -46,7 +47,7 @@ class Pace:
         if self.squeeze:
             return num_frames
         if self.fps:
-            return math.ceil((num_frames - 1) * (clip_fps or self.fps) / self.fps) + 1
+            return span_at_rate(num_frames, clip_fps or self.fps, self.fps)
         return (num_frames - 1) * self.frame_interval + 1
 
 
@@ -63,12 +64,13 @@ def parse_buckets(
         patch: frames, rows and columns of pixels of one token.
 
     Raises:
-        ConfigError: a word that is no size, or a size that the patches do not divide.
+        ConfigError: a word that is no size, a size that the patches do not divide, or one that is named twice.
     """
 
     def tokens(size: Sequence[int]) -> int:
         return math.prod(-(-side // step) for side, step in zip(size, patch, strict=True))
 
+    setting = "data.buckets" if text.strip() else "video"
     budget = tokens_per_batch or batch_size * tokens(main)
     sizes: list[tuple[tuple[int, int, int], int | None]] = []
     if not text.strip():
@@ -82,12 +84,17 @@ def parse_buckets(
                 raise ConfigError(f"data.buckets: '{word}' is no size", "write 16x256x256, or 16x256x256:8 for 8 clips")
             frames, height, width = (int(number) for number in found.groups()[:3])
             sizes.append(((frames, height, width), int(found[4]) if found[4] else None))
-    for size, count in sizes:
-        if not all(size) or any(side % step for side, step in zip(size[1:], patch[1:], strict=True)) or count == 0:
+    for number, (size, count) in enumerate(sizes):
+        name = "x".join(map(str, size))
+        if not all(size) or count == 0:
+            raise ConfigError(f"{setting}: {name if count is None else f'{name}:{count}'} is empty", "1 or more each")
+        if any(side % step for side, step in zip(size[1:], patch[1:], strict=True)):
             raise ConfigError(
-                f"data.buckets: {'x'.join(map(str, size))} is no multiple of patches of {patch[1]}x{patch[2]} pixels",
+                f"{setting}: {name} is no multiple of patches of {patch[1]}x{patch[2]} pixels",
                 "choose multiples of them",
             )
+        if size in [other for other, _ in sizes[:number]]:
+            raise ConfigError(f"data.buckets: {name} is named twice", "leave one of them out")
     return [Bucket(*size, count or max(1, budget // tokens(size))) for size, count in sizes]
 
 

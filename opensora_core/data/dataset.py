@@ -23,7 +23,8 @@ from opensora_core.errors import CheckpointError, InputError
 from opensora_core.media import read_frames
 from opensora_core.tensors import Condition
 
-_SIDED = re.compile(r"\b(left|right)(wards?|most|-?hand(ed)?)?\b", re.IGNORECASE)
+# words end at anything but a letter: the names of classes are written as `turn_left`
+_SIDED = re.compile(r"(?<![^\W\d_])(left|right)(wards?|most|-?hand(ed)?)?(?![^\W\d_])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class ClipReader:
         buckets: the sizes.
         pace: how the frames of a sample lie in a clip.
         resize: `antialiased` shrinks by a filter; `published` is Open-Sora 1.0's bilinear grid.
-        flip: `unless-sided` mirrors half of the samples, but none whose caption tells left from right.
+        flip: `unless-sided` mirrors half of the samples, but none whose caption tells left from right; `always`
+            mirrors half of all samples, whatever their captions tell; `never` mirrors none.
         seed: of the run.
         threads: of the decoder.
     """
@@ -219,7 +221,8 @@ class Batches:
         return replace(batch, moments=(torch.cat(means), torch.cat(stds)), condition=Condition.cat(list(conditions)))
 
     def _first_readable(self, slot: Slot, bucket: Bucket, rejects: dict[str, Reject]) -> tuple[Clip, Any] | None:
-        for _ in range(len(self.order.members[slot.bucket]) + 1):
+        # what is left of this walk and all of the next: less might miss the only clip that is whole
+        for _ in range(2 * len(self.order.members[slot.bucket])):
             clip = self.reader.manifest[slot.index]
             if clip.id not in rejects:
                 try:

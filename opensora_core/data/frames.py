@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import numpy as np
@@ -75,12 +74,21 @@ def at_rate(total: int, num_frames: int, clip_fps: float, fps: float, rng: rando
     Raises:
         InputError: the video is shorter than the span of the sample.
     """
-    step = clip_fps / fps
-    span = math.ceil((num_frames - 1) * step) + 1
+    span = span_at_rate(num_frames, clip_fps, fps)
     if total < span:
         raise InputError(
             f"{num_frames} frames at {fps:g} per second span {span} of a video at {clip_fps:g}, which has {total}",
             "lower video.num_frames or raise the rate, or leave the video out",
         )
     begin = rng.randint(0, total - span)
-    return [begin + int(index * step + 0.5) for index in range(num_frames)]
+    return [begin + _nearest(index, clip_fps, fps) for index in range(num_frames)]
+
+
+def span_at_rate(num_frames: int, clip_fps: float, fps: float) -> int:
+    """Frames of a video that a sample of `at_rate` reaches over, its first and last included."""
+    return _nearest(num_frames - 1, clip_fps, fps) + 1
+
+
+def _nearest(index: int, clip_fps: float, fps: float) -> int:
+    """The frame of a video nearest to frame `index` of a sample; of two, the later."""
+    return int(index * clip_fps / fps + 0.5)

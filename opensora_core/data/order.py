@@ -73,14 +73,13 @@ class BatchOrder:
         self.members = [np.asarray(clips, dtype=np.int64) for clips in members]
         self.batch_sizes = tuple(batch_sizes)
         self.seed = seed
-        # the last walk of each bucket and the last epoch's batches: a batch may need two walks, neighbours the same
+        # neighbouring walks of each bucket and the last epoch's shuffle: a batch may lie in two walks
         self._walks: dict[tuple[int, int], NDArray[np.int64]] = {}
-        self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._shuffle: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def batch(self, step: int) -> list[Slot]:
         """The slots of a step's batch, all of one bucket."""
-        epoch = self.epoch_of(step)
-        bucket, number = self._batches(epoch)[step - self._before(epoch)]
+        bucket, number = self._batch_of(step)
         size = self.batch_sizes[bucket]
         return [self.slot(bucket, number * size + place) for place in range(size)]
 
@@ -102,26 +101,34 @@ class BatchOrder:
 
     def _before(self, epoch: int) -> int:
         """Batches of all epochs before one."""
-        return sum(epoch * len(clips) // size for clips, size in zip(self.members, self.batch_sizes, strict=True))
+        return sum(self._firsts(epoch))
 
-    def _batches(self, epoch: int) -> list[tuple[int, int]]:
-        """The batches of an epoch as (bucket, number in that bucket)."""
-        if self._epoch[0] != epoch:
-            batches = [
-                (bucket, number)
-                for bucket, (clips, size) in enumerate(zip(self.members, self.batch_sizes, strict=True))
-                for number in range(epoch * len(clips) // size, (epoch + 1) * len(clips) // size)
-            ]
-            if len(self.members) > 1:
-                drawn = np.random.default_rng([self.seed, 1, epoch]).permutation(len(batches))
-                batches = [batches[index] for index in drawn]
-            self._epoch = (epoch, batches)
-        return self._epoch[1]
+    def _firsts(self, epoch: int) -> list[int]:
+        """Per bucket, the number of the first batch that ends in an epoch."""
+        return [epoch * len(clips) // size for clips, size in zip(self.members, self.batch_sizes, strict=True)]
+
+    def _batch_of(self, step: int) -> tuple[int, int]:
+        """The batch of a step as (bucket, number in that bucket)."""
+        epoch = self.epoch_of(step)
+        firsts, ends = self._firsts(epoch), self._firsts(epoch + 1)
+        place = step - sum(firsts)
+        if len(self.members) > 1:
+            if self._shuffle[0] != epoch:
+                drawn = np.random.default_rng([self.seed, 1, epoch]).permutation(sum(ends) - sum(firsts))
+                self._shuffle = (epoch, drawn)
+            place = int(self._shuffle[1][place])
+        bucket = 0
+        while place >= ends[bucket] - firsts[bucket]:
+            place -= ends[bucket] - firsts[bucket]
+            bucket += 1
+        return bucket, firsts[bucket] + place
 
     def _walk(self, bucket: int, epoch: int) -> NDArray[np.int64]:
         if (bucket, epoch) not in self._walks:
             clips = self.members[bucket]
             drawn = np.random.default_rng([self.seed, 0, bucket, epoch]).permutation(len(clips))
-            self._walks = {key: walk for key, walk in self._walks.items() if key[0] != bucket or key[1] == epoch - 1}
+            self._walks = {
+                key: walk for key, walk in self._walks.items() if key[0] != bucket or abs(key[1] - epoch) <= 1
+            }
             self._walks[bucket, epoch] = clips[drawn]
         return self._walks[bucket, epoch]

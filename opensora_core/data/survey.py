@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from opensora_core.data.buckets import Bucket, Pace, choose_bucket
 from opensora_core.data.manifest import Clip, Manifest, ManifestBuilder
@@ -14,6 +17,8 @@ from opensora_core.files import sha256
 from opensora_core.media import probe
 
 USABLE_STATUS = ("", "ok")
+LEFT_OUT = "left out"
+"""The status that a survey gives. It holds for that survey's settings, so the next one judges anew."""
 UNREADABLE = "unreadable"
 _EVERY = 64  # clips between two reports
 _AHEAD = 4  # clips per thread that may wait for their turn
@@ -50,7 +55,7 @@ class Survey:
         """The clips that were left out, by name and reason, in the order of the manifest."""
         for clip in self.manifest:
             if clip.status not in USABLE_STATUS:
-                yield clip.id, clip.reason
+                yield clip.id, clip.reason or clip.status
 
     @property
     def share_unreadable(self) -> float:
@@ -69,10 +74,11 @@ def survey(
 ) -> Generator[Looked, None, Survey]:
     """Look at every clip: is it there, can it be read, is it long and large enough, has it words, is it a copy?
 
-    Clips whose row says how many frames of what size they have are not opened. The others are decoded once.
+    Clips whose row says how many frames of what size they have, and at which rate where that matters, are not opened.
+    The others are decoded once. What curation has given another status than `ok` stays as it is.
 
     Args:
-        manifest: the clips.
+        manifest: the clips; what an earlier survey left out is judged anew.
         buckets: sizes that are trained on.
         pace: how frames are taken.
         max_upscale: how much smaller than its bucket a clip may be.
@@ -84,18 +90,20 @@ def survey(
     """
     members: list[list[int]] = [[] for _ in buckets]
     reasons: Counter[str] = Counter()
-    copies = _copies(manifest)
+    copies = _copies(manifest, need_caption)
 
     def judge(number: int, clip: Clip) -> tuple[Clip, int]:
+        if clip.status == LEFT_OUT:
+            clip = replace(clip, status="", reason="")
         if clip.status not in USABLE_STATUS:
             return clip, -1
+        if need_caption and not _has_words(clip):
+            return _left_out(clip, "no caption"), -1
         if number in copies:
             return _left_out(clip, f"duplicate: the same as {copies[number]}"), -1
-        if need_caption and not (clip.caption or "").strip():
-            return _left_out(clip, "no caption"), -1
-        if not clip.path.is_file():
+        if _num_bytes(clip.path) is None:
             return _left_out(clip, f"{UNREADABLE}: there is no such file"), -1
-        if _needs_opening(clip):
+        if _needs_opening(clip, pace):
             try:
                 clip = _counted(clip)
             except InputError as error:
@@ -104,19 +112,23 @@ def survey(
         return (clip if bucket >= 0 else _left_out(clip, reason)), bucket
 
     builder = ManifestBuilder(manifest.folder, manifest.format, manifest.notes)
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[Future[tuple[Clip, int]]] = deque()
+    waiting: deque[Future[tuple[Clip, int]]] = deque()
+    pool = ThreadPoolExecutor(num_threads)
+    try:
         for number, clip in enumerate(manifest):
-            waiting.append(pool.submit(judge, number, clip) if _needs_opening(clip) else _done(judge(number, clip)))
+            later = _needs_opening(clip, pace)
+            waiting.append(pool.submit(judge, number, clip) if later else _done(judge(number, clip)))
             while waiting and (len(waiting) > _AHEAD * num_threads or number + 1 == len(manifest)):
                 judged, bucket = waiting.popleft().result()
                 if bucket >= 0:
                     members[bucket].append(len(builder))
                 else:
-                    reasons[judged.reason.partition(":")[0]] += 1
+                    reasons[(judged.reason or judged.status).partition(":")[0]] += 1
                 builder.add(judged)
                 if len(builder) % _EVERY == 0:
                     yield Looked(len(builder), len(manifest))
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever stops asking does not wait for clips that nobody needs
     return Survey(builder.build(), tuple(map(tuple, members)), reasons)
 
 
@@ -145,8 +157,9 @@ def _bucket_of(clip: Clip, buckets: Sequence[Bucket], pace: Pace, max_upscale: f
     )
 
 
-def _needs_opening(clip: Clip) -> bool:
-    return not (clip.num_frames and clip.width and clip.height)
+def _needs_opening(clip: Clip, pace: Pace) -> bool:
+    needs_fps = pace.fps > 0 and clip.num_frames != 1
+    return not (clip.num_frames and clip.width and clip.height and (clip.fps or not needs_fps))
 
 
 def _done(result: tuple[Clip, int]) -> Future[tuple[Clip, int]]:
@@ -169,31 +182,63 @@ def _counted(clip: Clip) -> Clip:
 
 
 def _left_out(clip: Clip, reason: str) -> Clip:
-    return replace(clip, status="left out", reason=reason)
+    return replace(clip, status=LEFT_OUT, reason=reason)
 
 
-def _copies(manifest: Manifest) -> dict[int, str]:
-    """Rows that repeat an earlier one: the same clip, or another file of the same bytes and the same range."""
+def _has_words(clip: Clip) -> bool:
+    return bool((clip.caption or "").strip())
+
+
+def _num_bytes(path: Path) -> int | None:
+    """The size of a file; None where there is none, or none that may be looked at."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _copies(manifest: Manifest, need_caption: bool) -> dict[int, str]:
+    """Rows that repeat an earlier one: the same range of the same file, or of another file of the same bytes.
+
+    A row that is left out for another reason has no copies, or the clip would be lost with it.
+    """
     copies: dict[int, str] = {}
-    first: dict[tuple[object, ...], tuple[int, str]] = {}
-
-    def note(number: int, clip: Clip, key: tuple[object, ...]) -> None:
-        if key in first:
-            copies.setdefault(number, first[key][1])
-        else:
-            first[key] = (number, clip.id)
-
-    same_size: dict[int, list[int]] = {}
+    first: dict[tuple[str, float | None, float | None], str] = {}
+    sums: dict[str, str] = {}
+    rows: list[int] = []
     for number, clip in enumerate(manifest):
-        note(number, clip, (str(clip.path), clip.start_seconds, clip.end_seconds))
-        if clip.sha256:
-            note(number, clip, (clip.sha256, clip.start_seconds, clip.end_seconds))
-        elif number not in copies and clip.path.is_file():
-            same_size.setdefault(clip.path.stat().st_size, []).append(number)
-    # only files of the same size can be of the same bytes, so hardly any is read
-    for numbers in same_size.values():
-        if len({str(manifest[number].path) for number in numbers}) > 1:
-            for number in numbers:
-                clip = manifest[number]
-                note(number, clip, (sha256(clip.path), clip.start_seconds, clip.end_seconds))
+        if clip.status not in (*USABLE_STATUS, LEFT_OUT) or (need_caption and not _has_words(clip)):
+            continue
+        path = str(clip.path)
+        if (path, clip.start_seconds, clip.end_seconds) in first:
+            copies[number] = clip.id
+        else:
+            first[path, clip.start_seconds, clip.end_seconds] = clip.id
+            rows.append(number)
+            sums[path] = clip.sha256.lower() or sums.get(path, "")
+    _add_sums(sums)
+    first.clear()
+    for number in rows:
+        clip = manifest[number]
+        if content := sums[str(clip.path)]:
+            name = first.setdefault((content, clip.start_seconds, clip.end_seconds), clip.id)
+            if name != clip.id:
+                copies[number] = name
     return copies
+
+
+def _add_sums(sums: dict[str, str]) -> None:
+    """Add the SHA-256 sums that tell files apart. Only files of the same size can be the same, so few are read."""
+    if all(sums.values()):
+        return
+    same_size: dict[int | None, list[str]] = {}
+    for path in sums:
+        same_size.setdefault(_num_bytes(Path(path)), []).append(path)
+    for num_bytes, paths in same_size.items():
+        if num_bytes is None or len(paths) == 1:
+            continue
+        for path in paths:
+            if not sums[path]:
+                with suppress(OSError):  # whoever opens the clip will tell
+                    sums[path] = sha256(Path(path))

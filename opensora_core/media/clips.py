@@ -13,9 +13,9 @@ import numpy as np
 from opensora_core.errors import InputError
 from opensora_core.files import readable
 from opensora_core.media.decoding import frames_at, survey
-from opensora_core.media.packets import Budget, Window
+from opensora_core.media.packets import Window
 from opensora_core.media.pixels import Frames
-from opensora_core.media.read import Limits
+from opensora_core.media.read import Budget, Limits
 from opensora_core.media.shown import Screen, fit
 from opensora_core.media.stills import SUFFIXES, animation, is_animation, opened_picture, read_picture, upright_size
 
@@ -55,7 +55,7 @@ def probe(
                 _require_first_second(path, window)
                 read_picture(path, image, (1, 1), limits)  # a torn one says so only now
                 return Probe(1, 1.0, width, height, 1.0)
-            times = [time for time, _ in animation(path, image, limits) if window.start <= time < window.end]
+            times = [time for time, _ in animation(image, Budget(path, limits)) if window.start <= time < window.end]
         average = 1.0
     else:
         try:
@@ -165,7 +165,7 @@ def _read_pictures(path: Path, collected: _Collected, wanted: tuple[int, int] | 
     with opened_picture(path, limits) as image:
         collected.require_room(wanted or upright_size(path, image))
         if is_animation(path, image):
-            for time, frame in animation(path, image, limits):
+            for time, frame in animation(image, Budget(path, limits)):
                 if not window.start <= time < window.end:
                     continue
                 index += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain, islice
@@ -14,7 +15,6 @@ from av.video.stream import VideoStream
 
 from opensora_core.errors import InputError
 from opensora_core.media.packets import (
-    Budget,
     DamageError,
     Timeline,
     UnreliableTimesError,
@@ -23,7 +23,7 @@ from opensora_core.media.packets import (
     scan,
     seconds,
 )
-from opensora_core.media.read import opened
+from opensora_core.media.read import Budget, opened
 from opensora_core.media.shown import Screen
 
 _MAX_SILENT_PACKETS = 1000  # more than any codec or number of threads holds back
@@ -31,6 +31,7 @@ _TOP = float("-inf")
 
 Decoded = tuple[int, VideoFrame, VideoStream]
 """The number of a frame, the frame, and the stream it comes from."""
+_Way = Callable[[Sequence[int], Window, int, Budget], Iterator[Decoded]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Survey:
 
 
 def frames_at(indices: Sequence[int], window: Window, threads: int, budget: Budget) -> Iterator[Decoded]:
-    """Decode chosen frames of a clip: the short way if all that it gives can be verified, else a longer one.
+    """Decode chosen frames of a clip, from the nearest keyframes if all that they give can be verified.
+
+    Otherwise from the top of the file; and by counting, where timestamps do not tell frames apart.
 
     Args:
         indices: ascending, without repetitions.
@@ -59,7 +62,7 @@ def frames_at(indices: Sequence[int], window: Window, threads: int, budget: Budg
         InputError: no such frame, or one that cannot be decoded.
         av.FFmpegError: what the container has against the file.
     """
-    way = _short_way
+    way: _Way = _from_keyframes
     while True:
         missing = set(indices)
         try:
@@ -70,37 +73,40 @@ def frames_at(indices: Sequence[int], window: Window, threads: int, budget: Budg
         except UnreliableTimesError:
             way = _counting
         except DamageError as error:
-            if way is not _short_way:
+            if way is not _from_keyframes:
                 raise InputError(
                     f"frame {min(missing)} of {budget.path} cannot be decoded: {error}",
                     f"{len(indices) - len(missing)} of the {len(indices)} frames asked for could be",
                 ) from error
-            way = _long_way
+            way = _from_top
 
 
-def _short_way(indices: Sequence[int], window: Window, threads: int, budget: Budget) -> Iterator[Decoded]:
+def _from_keyframes(indices: Sequence[int], window: Window, threads: int, budget: Budget) -> Iterator[Decoded]:
     """Begin at keyframes, and pass over what no wanted frame needs."""
+    yield from _by_time(indices, window, threads, budget, window.start, passing_over=True)
+
+
+def _from_top(indices: Sequence[int], window: Window, threads: int, budget: Budget) -> Iterator[Decoded]:
+    """Decode everything from the top of the file, as a stream without true keyframes needs it."""
+    yield from _by_time(indices, window, threads, budget, _TOP, passing_over=False)
+
+
+def _by_time(
+    indices: Sequence[int], window: Window, threads: int, budget: Budget, start: float, *, passing_over: bool
+) -> Iterator[Decoded]:
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        timeline = scan(packets_from(container, stream, window.start), stream, window, indices[-1], budget)
+        timeline = scan(packets_from(container, stream, start), stream, window, indices[-1], budget)
         wanted = _timestamps(indices, timeline, budget)
         runs = timeline.runs(wanted)
+        if not passing_over:
+            runs = [(0, runs[-1][1])]
         if timeline.kept is not None:
-            yield from _decode(timeline.kept, runs, timeline, wanted, _Decoder(stream, threads, budget))
+            decoder = _Decoder(stream, threads, budget)
+            yield from _decode(timeline.kept, runs, timeline, wanted, decoder, passing_over=passing_over)
             return
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        packets = packets_from(container, stream, window.start)
-        yield from _decode(packets, runs, timeline, wanted, _Decoder(stream, threads, budget))
-
-
-def _long_way(indices: Sequence[int], window: Window, threads: int, budget: Budget) -> Iterator[Decoded]:
-    """Decode everything from the top of the file, as a stream without true keyframes needs it."""
-    with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        timeline = scan(packets_from(container, stream, _TOP), stream, window, indices[-1], budget)
-    wanted = _timestamps(indices, timeline, budget)
-    run = (0, max(position for position, pts in enumerate(timeline.pts) if pts in wanted))
-    with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        packets, decoder = packets_from(container, stream, _TOP), _Decoder(stream, threads, budget)
-        yield from _decode(packets, [run], timeline, wanted, decoder, passing_over=False)
+        packets, decoder = packets_from(container, stream, start), _Decoder(stream, threads, budget)
+        yield from _decode(packets, runs, timeline, wanted, decoder, passing_over=passing_over)
 
 
 def _timestamps(indices: Sequence[int], timeline: Timeline, budget: Budget) -> dict[int, int]:
@@ -121,7 +127,7 @@ def _decode(
     wanted: Mapping[int, int],
     decoder: _Decoder,
     *,
-    passing_over: bool = True,
+    passing_over: bool,
 ) -> Iterator[Decoded]:
     """Feed runs of packets, and see to it that every one gives the frame it should."""
     feed = enumerate(packets)
@@ -138,7 +144,8 @@ def _decode(
             if packet.is_corrupt:
                 raise DamageError("its data is torn")
             # pictures that follow a keyframe but are shown before it refer to what was not decoded
-            needed = pts in wanted or not (passing_over and (timeline.droppable[position] or pts < timeline.pts[first]))
+            leads = pts < timeline.pts[first]
+            needed = pts in wanted or not (leads or (passing_over and timeline.droppable[position]))
             if needed:
                 if timeline.shown[position]:
                     due.add(pts)
@@ -184,11 +191,18 @@ def _counted(packets: Iterable[Packet[VideoStream]], decoder: _Decoder) -> Itera
     """Frames and their seconds in the order of showing; None for damage, except before the first sound frame."""
     step = 1 / float(decoder.stream.average_rate or 25)
     time, begun = -step, False
-    # AVI numbers its packets, and knows nothing of pictures that overtake others: the n-th frame has the n-th number
-    is_avi, slots = decoder.stream.container.format.name == "avi", list[int]()
+    # AVI numbers packets in the order of coding, and knows nothing of pictures that overtake others; so do files that
+    # were written as if it were one: the n-th frame has the n-th of their times
+    is_avi, in_order = decoder.stream.container.format.name == "avi", True
+    newest, slots = -math.inf, list[int]()
     for packet in _from_keyframe(packets):
-        if is_avi and packet is not None and packet.pts is not None:
+        if packet is not None and packet.pts is not None:
+            in_order &= packet.pts > newest
+            newest = max(newest, packet.pts)
             heappush(slots, packet.pts)
+        elif packet is not None:
+            in_order = False
+        is_numbered = is_avi or (in_order and decoder.is_reordering)
         frames: list[VideoFrame | None]
         try:
             frames = list(decoder.feed(packet))
@@ -199,7 +213,10 @@ def _counted(packets: Iterable[Packet[VideoStream]], decoder: _Decoder) -> Itera
                 if begun:
                     yield time, None
                 continue
-            pts = heappop(slots) if slots else frame.pts
+            pts = frame.pts
+            if slots:
+                slot = heappop(slots)
+                pts = slot if is_numbered else pts
             stamp = None if pts is None else seconds(pts, decoder.stream)
             time = stamp if stamp is not None and (stamp > time or not begun) else time + step
             begun = True
@@ -322,6 +339,11 @@ class _Decoder:
         self._num_packets = 0
         self._num_silent = 0
 
+    @property
+    def is_reordering(self) -> bool:
+        """Whether pictures may overtake others."""
+        return bool(self._context.has_b_frames)
+
     def feed(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         """Frames that a packet completes; None completes all.
 
@@ -329,7 +351,7 @@ class _Decoder:
             DamageError: the packet cannot be decoded, or nothing has come of very many.
             InputError: beyond the budget.
         """
-        self._num_packets += 1
+        self._num_packets += packet is not None
         self._budget.check(self._num_packets)
         try:
             frames = self._context.decode(packet)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import av
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from opensora_core.errors import InputError
-from opensora_core.media.read import Limits
+from opensora_core.media.read import Budget
 
 # no codec lets more than 16 pictures overtake another, which are 32 packets where each field has its own
 _MAX_REORDER = 40
@@ -41,29 +38,6 @@ class Window:
 
     start: float = float("-inf")
     end: float = float("inf")
-
-
-class Budget:
-    """What a call may still cost."""
-
-    def __init__(self, path: Path, limits: Limits) -> None:
-        self.path = path
-        self.limits = limits
-        self._end = time.monotonic() + limits.max_seconds
-
-    def check(self, num_frames: int) -> None:
-        """Refuse to look at more than `max_frames` frames, or longer than `max_seconds`.
-
-        Raises:
-            InputError: names the limit.
-        """
-        if num_frames > self.limits.max_frames:
-            over = f"has more than max_frames={self.limits.max_frames} frames to look at"
-        elif time.monotonic() > self._end:
-            over = f"took longer than max_seconds={self.limits.max_seconds:g}"
-        else:
-            return
-        raise InputError(f"{self.path} {over}", "cut it into clips first, or raise the limit")
 
 
 @dataclass(frozen=True)
@@ -132,7 +106,10 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Vi
         for packet in container.demux(stream):
             if packet.size:  # the last one is empty and flushes; AVI has empty ones for frames that stand still
                 yield packet
-    except av.FFmpegError:  # a torn file: what came so far is what there is
+    except (
+        av.FFmpegError,
+        IndexError,
+    ):  # torn, or PyAV stumbles over a stream that appeared midway: this is all there is
         return
 
 
@@ -189,6 +166,9 @@ def scan(
             break
     timeline.clip.sort()
     if len(set(timeline.clip)) < len(timeline.clip):
+        raise UnreliableTimesError
+    # pictures overtake others, but their times do not: they were written in the order of coding
+    if stream.codec_context.has_b_frames and len(timeline.pts) > 1 and timeline.pts == sorted(timeline.pts):
         raise UnreliableTimesError
     # a stream that begins between keyframes, or with pictures that refer to what came before it
     if timeline.pts and (timeline.keys[:1] != [0] or (timeline.clip and timeline.clip[0] < timeline.pts[0])):

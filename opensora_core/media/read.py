@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,30 @@ class Limits:
     max_pixels: int = 8192 * 4320  # of one frame
     max_frames: int = 200_000  # that are looked at in one call, whether wanted or passed over
     max_bytes: int = 2**31  # of the frames that one call returns
-    max_seconds: float = 3600.0  # of wall time for one call, so that no file can stall a loader for good
+    max_seconds: float = 600.0  # of wall time for one call, so that no file can stall a loader for good
+
+
+class Budget:
+    """What a call may still cost."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path = path
+        self.limits = limits
+        self._end = time.monotonic() + limits.max_seconds
+
+    def check(self, num_frames: int) -> None:
+        """Refuse to look at more than `max_frames` frames, or longer than `max_seconds`.
+
+        Raises:
+            InputError: names the limit.
+        """
+        if num_frames > self.limits.max_frames:
+            over = f"has more than max_frames={self.limits.max_frames} frames to look at"
+        elif time.monotonic() > self._end:
+            over = f"took longer than max_seconds={self.limits.max_seconds:g}"
+        else:
+            return
+        raise InputError(f"{self.path} {over}", "cut it into clips first, or raise the limit")
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,7 @@ def read_video(path: Path, max_bytes: int = 2**30) -> Video:
     try:
         read = _read_pictures if path.suffix.lower() in (".gif", ".webp", ".png") else _read_container
         return read(path, max_bytes)
-    except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (av.FFmpegError, OSError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path} as a video: {error}") from error
 
 
@@ -103,7 +127,8 @@ def opened(path: Path, max_pixels: int = Limits.max_pixels) -> Iterator[tuple[In
                 f"{path} has frames of {stream.width} x {stream.height}, more than max_pixels={max_pixels}",
                 "scale it down first, or raise the limit",
             )
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        # against frames that outgrow what the header says; with room, for codecs round sides up to whole blocks
+        stream.codec_context.options = {"max_pixels": str(max_pixels * 5 // 4 + 2**16)}
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 
 from opensora_core.errors import InputError
 from opensora_core.media.pixels import Frames
-from opensora_core.media.read import Limits, require_file
+from opensora_core.media.read import Budget, Limits, require_file
 from opensora_core.media.shown import covering, fit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -34,7 +35,8 @@ def opened_picture(path: Path, limits: Limits) -> Iterator[Image.Image]:
         InputError: no such file, no picture, or one of more than `max_pixels`.
     """
     require_file(path)
-    with _refusing(path):
+    with _refusing(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below refuses it for good
         image = Image.open(path, formats=_FORMATS)
     with image:
         if image.width * image.height > limits.max_pixels:
@@ -70,22 +72,21 @@ def read_picture(path: Path, image: Image.Image, wanted: tuple[int, int] | None,
         return fit(ImageOps.exif_transpose(image), wanted, path, limits.max_pixels)[None]
 
 
-def animation(path: Path, image: Image.Image, limits: Limits) -> Iterator[tuple[float, Image.Image]]:
+def animation(image: Image.Image, budget: Budget) -> Iterator[tuple[float, Image.Image]]:
     """Frames of an animation with the seconds they begin at, in order. Each is valid until the next.
 
     Raises:
-        InputError: more than `max_frames`, or a frame that is torn.
+        InputError: beyond the budget, or a frame that is torn.
     """
     milliseconds, index = 0.0, 0
     while True:
-        if index >= limits.max_frames:
-            raise InputError(f"{path} has more than max_frames={limits.max_frames} frames")
-        with _refusing(path):
+        with _refusing(budget.path):
             try:
                 image.seek(index)
             except EOFError:
                 return
             image.load()
+        budget.check(index + 1)
         yield milliseconds / 1000, image
         # browsers show a frame that has no duration for a tenth of a second
         milliseconds += float(image.info.get("duration") or 100)

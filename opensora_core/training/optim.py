@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opensora_core.config import TrainConfig
 from opensora_core.errors import CheckpointError, ConfigError
+from opensora_core.training.muon import Muon
 
 Optimizer = torch.optim.Optimizer
 
@@ -56,7 +57,7 @@ def build_optimizers(module: nn.Module, train: TrainConfig) -> list[Optimizer]:
     if groups:
         optimizers.append(_adamw(groups, train))
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=train.muon_lr, weight_decay=train.weight_decay))
+        optimizers.append(Muon(matrices, lr=train.muon_lr, weight_decay=train.weight_decay))
     return optimizers
 
 

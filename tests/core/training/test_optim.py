@@ -15,6 +15,7 @@ from torch import nn
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, ConfigError
 from opensora_core.training import optim
+from opensora_core.training.muon import Muon
 from opensora_core.training.optim import (
     Optimizer,
     build_optimizers,
@@ -169,3 +170,21 @@ def test_the_rate_falls_along_a_line_or_a_cosine() -> None:
     expected = [0.5, *[1] * 6, *((1 + math.cos(math.pi * done)) / 2 for done in (0.25, 0.5, 0.75))]
     assert [lr_factor(step, cosine) for step in range(10)] == pytest.approx(expected)
     assert lr_factor(10, cosine) == 0
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_our_muon_is_torchs_in_more_digits(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (Muon([ours], lr=0.1, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1))
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # what bf16 leaves
+    states = [optimizer.state[parameter] for optimizer, parameter in zip(optimizers, (ours, theirs), strict=True)]
+    assert states[0].keys() == states[1].keys()
+    assert torch.equal(states[0]["momentum_buffer"], states[1]["momentum_buffer"])

@@ -1,0 +1,49 @@
+"""Muon in the precision that the device is fast at.
+
+torch's own orthogonalises in bf16, which a CPU without instructions for it emulates: of a step of the tiny model that
+was 6.2 seconds, and is 0.2 in fp32. Everything else is torch's: groups, state, rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.Muon):
+    """Momentum of matrices, orthogonalised (https://kellerjordan.github.io/posts/muon/)."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move every matrix that has a gradient."""
+        assert closure is None, "the loop computes the loss itself"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                ratio = math.sqrt(max(1, parameter.shape[0] / parameter.shape[1]))
+                parameter.add_(update, alpha=-group["lr"] * ratio)
+
+
+def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The nearest matrix with singular values of about one, by the quintic Newton-Schulz iteration of Muon."""
+    a, b, c = coefficients
+    result = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    result = result.T if is_tall else result
+    result = result / result.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = result @ result.T
+        result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
+    return result.T if is_tall else result
