@@ -49,18 +49,21 @@ _osora() {
         "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "train --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
         "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
+        "bench --preset") COMPREPLY=($(compgen -W 'tiny 1x256x256 1x512x512 16x256x256 16x256x256-hq 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "bench --prompts") compopt +o default; return ;;
         "bench --seeds") compopt +o default; return ;;
+        "bench --data") compopt +o default; return ;;
         "bench --output"|"bench -o") return ;;
         "bench --config") return ;;
         "bench --set") compopt +o default; return ;;
         "bench --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+        "bench --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
     esac
     case "$verb" in
         '') words='sample train bench --version --help' ;;
         'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
         'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --print-config --json --debug --help' ;;
-        'bench') words='world --model --prompts --seeds --quick --output --config --set --device --json --debug --help' ;;
+        'bench') words='world train data --model --preset --quick --prompts --seeds --data --output --config --set --device --dtype --json --debug --help' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }
