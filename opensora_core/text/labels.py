@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,11 @@ class LabelEncoder:
         for number, synonyms in enumerate(names):
             for key in dict.fromkeys(_key(name) for name in (*synonyms.split(", "), synonyms)):
                 self._numbers.setdefault(key, []).append(number)
+        # a whole line is the class's own name, whatever else is called that as well: folders of classes have such names
+        lines = Counter(_key(synonyms) for synonyms in names)
+        for number, synonyms in enumerate(names):
+            if lines[_key(synonyms)] == 1:
+                self._numbers[_key(synonyms)] = [number]
 
     @classmethod
     def from_pretrained(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from opensora_core.errors import CheckpointError, ConfigError, InputError, WeightsError
 from opensora_core.text import load_text_encoder
-from opensora_core.text.labels import LabelEncoder
+from opensora_core.text.labels import CLASS_LISTS, LabelEncoder
 
 
 def number(encoder: LabelEncoder, prompt: str) -> int:
@@ -117,3 +118,9 @@ def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
         load_text_encoder("class", tmp_path / "names.txt", num_classes=3)
     with pytest.raises(ConfigError, match="no classes"):
         load_text_encoder("class", None)
+
+
+def test_every_line_of_a_list_names_its_class() -> None:
+    for file in CLASS_LISTS.values():
+        names = resources.files("opensora_core.text").joinpath(file).read_text("utf-8").splitlines()
+        assert LabelEncoder(names).encode(names).tokens.tolist() == list(range(len(names)))

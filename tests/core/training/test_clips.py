@@ -17,7 +17,7 @@ import torch
 
 from opensora_core import components
 from opensora_core.config import Config, to_dict, with_settings
-from opensora_core.errors import CheckpointError, InputError, TrainingError, UsageError
+from opensora_core.errors import CheckpointError, InputError, ResourceError, TrainingError, UsageError
 from opensora_core.runs import only_writer
 from opensora_core.training import (
     Chapter,
@@ -324,6 +324,43 @@ def test_a_run_is_a_model_a_start_and_an_export(model: Path, clips: Path, tmp_pa
         run(with_settings(config, {"data.source": str(tmp_path)}), first, resume=True)
     with pytest.raises(CheckpointError, match="another model"):
         run(with_settings(config, {"model.depth": 1, "train.max_steps": 3}), first, resume=True)
+
+
+TEXT = {"model__patch_size": "1x2x2", "model__temporal_positions": "true"}
+CLASSES = {"model__condition": "class", "model__num_classes": 101, "text__kind": "class", "text__weights": ""}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("stdit-parallel", TEXT),
+        ("pixart", TEXT),
+        ("pixart-ms", {**TEXT, "model__hidden_size": 48}),
+        ("latte-1", TEXT),
+        ("dit", CLASSES),
+        ("latte", CLASSES),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_family_trains(family: str, changes: dict[str, Any], cached: bool, model: Path, tmp_path: Path) -> None:
+    folder = make_clips(tmp_path / "clips", count=3)
+    for path in folder.glob("*.txt"):
+        path.write_text("Apply Eye Makeup")
+    cache = {"data__cache": str(tmp_path / "cache")} if cached else {}
+    config = clips_config(model, folder, model__family=family, train__max_steps=2, **changes, **cache)
+    reports = [event for event in run(config, tmp_path / "run") if isinstance(event, TrainProgress)]
+    assert len(reports) == 2 and all(report.loss > 0 and report.grad_norm > 0 for report in reports)
+
+
+def test_out_of_memory_gives_advice(model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("opensora_core.training.denoiser.DenoiserTask.denoise", full)
+    with pytest.raises(ResourceError, match="out of memory on cpu") as caught:
+        run(clips_config(model, clips), tmp_path / "run")
+    for flag in ("--batch-size 1", "train.recompute=1", "--cache", "--dtype bf16"):
+        assert flag in caught.value.hint
 
 
 def test_a_recipe_trains_stage_after_stage_and_goes_on(model: Path, clips: Path, tmp_path: Path) -> None:

@@ -154,3 +154,50 @@ def test_the_rate_warms_up_stays_and_falls(tmp_path: Path) -> None:
     events, _ = run(tmp_path)
     rates = [event.lr / SETTINGS.lr for event in events if isinstance(event, TrainProgress)]
     torch.testing.assert_close(rates, [0.5, 1.0, 1.0, 1.0, 2 / 3, 1 / 3])
+
+
+def test_a_scaled_loss_goes_on_with_its_scale(tmp_path: Path) -> None:
+    def scaled(folder: Path, task: Task) -> checkpoint.Saved:
+        list(fit(task, SETTINGS, folder, num_workers=0, scale_loss=True))
+        saved, _ = checkpoint.latest(folder)
+        assert saved is not None
+        return saved
+
+    whole = scaled(tmp_path / "whole", Task())
+    with pytest.raises(Stopped):
+        scaled(tmp_path / "parts", Task(signal_at=2))
+    assert same(scaled(tmp_path / "parts", Task()), whole)
+    assert whole.state["scaler"]["scale"] > 1 and whole.state["scaler"]["_growth_tracker"] == 6
+    _, plain = run(tmp_path / "plain")
+    for name, value in plain.weights.items():
+        torch.testing.assert_close(whole.weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_an_overflow_of_a_scaled_loss_leaves_the_step_out(tmp_path: Path) -> None:
+    class Overflowing(Task):
+        def losses(self, batch: Tensor, generator: torch.Generator, parts: int) -> Iterator[dict[str, Tensor]]:
+            for losses in super().losses(batch, generator, parts):
+                # infinite gradients of a finite loss, once
+                bad = torch.equal(batch, self.batch(2))
+                yield {"loss": _Exploding.apply(losses["loss"]) if bad else losses["loss"]}
+
+    events = list(fit(Overflowing(), SETTINGS, tmp_path, num_workers=0, scale_loss=True))
+    saved, _ = checkpoint.latest(tmp_path)
+    assert saved is not None and saved.step == 6
+    assert saved.state["scaler"]["scale"] == 2.0**15  # halved once
+    assert all(value.isfinite().all() for value in saved.weights.values())
+    with pytest.raises(TrainingError):
+        list(fit(Overflowing(), SETTINGS, tmp_path / "unscaled", num_workers=0))
+    assert any(isinstance(event, CheckpointSaved) for event in events)
+
+
+class _Exploding(torch.autograd.Function):
+    """Nothing forward, infinity backward."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * float("inf")
