@@ -238,7 +238,7 @@ class Console:
 
     def _show_checkup(self, event: Any) -> None:
         self._stop_progress()
-        self.notice(f"{event.source} was read as {event.format}")
+        self.notice(f"{event.source} was read as: {event.format}")
         usable = f"{event.usable} of {event.clips} clips can be trained on"
         if rows := [(reason, count, event.examples[reason]) for reason, count in event.reasons.items()]:
             self.table(usable, ("left out", "clips", "example"), rows)

@@ -139,12 +139,12 @@ def _walk(root: Path) -> _Found:
                         found.num_hidden += 1
                     elif entry.is_symlink() and not f"{os.path.realpath(entry)}/".startswith(inside):
                         found.num_outside += 1
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         if entry.is_symlink():
                             found.num_links += 1
                         else:
                             waiting.append(f"{name}/")
-                    elif entry.is_file() or entry.is_symlink():
+                    else:  # what is no file, or a link to nothing, is told when it is looked at
                         _sort_in(found, name, is_top=not folder)
     except OSError as error:
         raise InputError(f"cannot read the folder {error.filename or root}: {error.strerror}") from None
@@ -152,6 +152,13 @@ def _walk(root: Path) -> _Found:
     found.tables.sort()
     found.captions.intersection_update(_stem(name) + ".txt" for name in found.media)
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _sort_in(found: _Found, name: str, is_top: bool) -> None:

@@ -307,3 +307,13 @@ def test_a_source_that_holds_nothing_says_what_was_looked_for(name: str, tmp_pat
     if name == "empty":
         assert "metadata.jsonl" in caught.value.message and "1 hidden" in caught.value.message
         assert str(tmp_path / "empty/list.csv") in caught.value.hint
+
+
+def test_what_is_no_file_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    (tmp_path / "round.mp4").symlink_to("about.mp4")
+    (tmp_path / "about.mp4").symlink_to("round.mp4")
+    (tmp_path / "nowhere.mp4").symlink_to("nothing.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    names = [clip.id for clip in read_manifest(tmp_path)]
+    assert names == ["a.mp4", "about.mp4", "nowhere.mp4", "pipe.mp4", "round.mp4"]
