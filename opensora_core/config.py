@@ -128,7 +128,9 @@ class DataConfig:
     source: str = ""
     frame_choice: Literal["interval", "fps", "published"] = "interval"
     resize: Literal["antialiased", "published"] = "antialiased"
-    flip: Literal["unless-sided", "never", "always"] = "unless-sided"  # half of the clips, but never a left or right
+    flip: Literal["unless-sided", "never", "always"] = (
+        "unless-sided"  # half of the clips: unless a caption names a side, or always
+    )
     buckets: str = ""
     tokens_per_batch: int = 0  # 0 is what train.batch_size clips of the size of `video` have
     max_upscale: float = 1.25  # how much smaller than its bucket a clip may be

@@ -56,6 +56,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     try:
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
@@ -65,7 +67,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 _sync(path)
         if folder.exists():
             folder.rename(old)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     except OSError as error:
         raise refusal(folder, error) from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import resource
 import sys
@@ -119,17 +120,18 @@ class Recorder:
     Args:
         run: the folder.
         config: `train.wandb` names a project to report to as well.
-        first_step: of a resumed run; what TensorBoard drew beyond it is hidden.
+        first_step: that a run goes on after; what TensorBoard drew beyond it is hidden. None hides nothing.
 
     Raises:
         ConfigError: Weights & Biases is wanted and not installed.
     """
 
-    def __init__(self, run: Path, config: Config, first_step: int = 0) -> None:
+    def __init__(self, run: Path, config: Config, first_step: int | None = 0) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.run = run
-        self.board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        purge = None if first_step is None else first_step + 1
+        self.board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=purge)
         self.wandb: Any = _wandb_run(run, config) if config.train.wandb else None
 
     def write(self, event: Event) -> None:
@@ -184,11 +186,13 @@ def _wandb_run(run: Path, config: Config) -> Any:
             f"train.wandb is '{config.train.wandb}', but Weights & Biases is not installed",
             'pip install "osora[wandb]", or leave train.wandb empty: TensorBoard is written anyway',
         ) from error
-    # the same id on a resume, so that the curve goes on
+    # the same id on a resume, so that the curve goes on; another one for a folder of the same name elsewhere
+    where = run.resolve()
+    identity = f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
     return wandb.init(
         project=config.train.wandb,
         name=run.name,
-        id=run.resolve().name,
+        id=identity,
         resume="allow",
         dir=run,
         config=to_dict(config),

@@ -108,7 +108,9 @@ def _go_back(run: Path, wanted: Path) -> Iterator[Event]:
 def _recorded(events: Iterator[Event], run: Path, config: Config) -> Iterator[Event]:
     """Pass events on, and write down what they measured."""
     saved = checkpoints(run / CHECKPOINTS)
-    recorder = Recorder(run, config, step_of(saved[0]) if saved else 0)
+    first_step = step_of(saved[0]) if saved else 0
+    # the three parts of the world's model count their steps each for itself: none may hide the others' curves
+    recorder = Recorder(run, config, None if config.data.source == WORLD else first_step)
     try:
         for event in events:
             recorder.write(event)

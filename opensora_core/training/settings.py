@@ -37,6 +37,8 @@ def check_settings(config: Config, *, cache_only: bool = False) -> None:
     for name in _AT_LEAST_ONE:
         if _value(config, name) < 1:
             raise ConfigError(f"{name} = {_value(config, name)} is less than 1", f"--set {name}=1")
+    if train.seed < 0:
+        raise ConfigError(f"train.seed = {train.seed} is negative", "a seed is 0 or more")
     for name in _SHARES:
         if not 0 <= _value(config, name) <= 1:
             raise ConfigError(f"{name} = {_value(config, name)} is no share", "a number from 0 to 1")

@@ -12,6 +12,7 @@ from torch import Tensor
 from opensora_core import diffusion
 from opensora_core.config import Config
 from opensora_core.data.dataset import ClipBatch, ClipReader
+from opensora_core.errors import InputError
 from opensora_core.media import to_uint8, write_contact_sheet, write_video
 from opensora_core.tensors import Condition
 from opensora_core.training.corpus import Corpus
@@ -183,8 +184,16 @@ def prepare_validation(
 
 
 def prompts_of(text: str) -> list[str]:
-    """The prompts of `validation.prompts`: a file with one a line, or words parted by `|`."""
-    path = Path(text)
-    if text and path.is_file():
-        text = path.read_text(encoding="utf-8").replace("\n", "|")
+    """The prompts of `validation.prompts`: a file with one a line, or words parted by `|`.
+
+    Raises:
+        InputError: the file is not text.
+    """
+    try:
+        if text and Path(text).is_file():
+            text = Path(text).read_text(encoding="utf-8").replace("\n", "|")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{text} is not UTF-8: {error.reason} at byte {error.start}", "prompts are text") from None
+    except (OSError, ValueError):
+        pass  # prompts, and no name that a file can have
     return [prompt.strip() for prompt in text.split("|") if prompt.strip()]

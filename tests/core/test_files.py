@@ -150,7 +150,6 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
         pytest.fail("there is no such folder")
 
 
-@pytest.mark.xfail(strict=True, reason="replacing_folder has moved the old folder away by then, and removes it")
 def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,13 +210,11 @@ def test_prompts_of_a_file_are_its_lines(content: str, tmp_path: Path) -> None:
     assert prompts_of(str(file)) == ["a red ball", "ein Käse"]
 
 
-@pytest.mark.xfail(strict=True, reason="prompts_of asks the file system for a file of that name, which is too long")
 def test_prompts_may_be_longer_than_the_name_of_a_file() -> None:
     prompts = [f"a red ball that rolls by for the {number}th time" for number in range(100)]
     assert prompts_of("|".join(prompts)) == prompts
 
 
-@pytest.mark.xfail(strict=True, reason="Recorder purges nothing where there is no checkpoint yet")
 def test_a_run_that_begins_anew_before_its_first_checkpoint_draws_one_curve(tmp_path: Path) -> None:
     record(tmp_path, *(progress(step) for step in (1, 2, 3)))
     record(tmp_path, progress(1, metrics={"loss": 7.0}), first_step=0)
