@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensora_core.notice import Notice
 
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user should know, and that does not stop the run."""
-
-    message: str
+__all__ = [
+    "Done",
+    "Event",
+    "Gallery",
+    "Loading",
+    "Notice",
+    "Progress",
+    "Saved",
+    "Sheet",
+]
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opensora_core.config import Config
+from opensora_core import components
+from opensora_core.config import Config, to_dict
 from opensora_core.diffusion.objective import Objective
 from opensora_core.lora import add_lora
 from opensora_core.models import LatentTransformer, freeze
 from opensora_core.tensors import Condition
-from opensora_core.training.loop import Task
-from opensora_core.training.memory import training_flops
+from opensora_core.training.events import Event
+from opensora_core.training.loop import Task, fit
+from opensora_core.training.memory import peak_flops, training_flops
 
 
 class DenoiserTask(Task):
@@ -78,6 +81,25 @@ def prepare(model: LatentTransformer, config: Config) -> None:
     if config.runtime.compile:
         for block in model.blocks:  # one block at a time: the next ones reuse what the first one compiled
             block.compile()
+
+
+def fit_denoiser(task: DenoiserTask, config: Config, folder: Path) -> Iterator[Event]:
+    """Train a denoiser as the settings say; see `fit`.
+
+    Args:
+        task: on the device of the settings.
+        config: of the run; kept with every checkpoint.
+        folder: of the checkpoints.
+    """
+    return fit(
+        task,
+        config.train,
+        folder,
+        num_workers=config.train.num_workers,
+        settings=to_dict(config),
+        scale_loss=task.dtype is torch.float16,
+        peak_flops=peak_flops(components.resolve_device(config.runtime.device), task.dtype),
+    )
 
 
 def tokens_and_flops(model: LatentTransformer, latent: tuple[int, ...]) -> tuple[int, float]:

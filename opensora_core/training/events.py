@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opensora_core.notice import Notice
 
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user should know, and that does not stop the run."""
-
-    message: str
+__all__ = [
+    "CheckpointSaved",
+    "Event",
+    "Facts",
+    "Notice",
+    "Rejected",
+    "Resumed",
+    "Sampled",
+    "Stage",
+    "TrainProgress",
+    "Validated",
+    "Working",
+]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from opensora_core import assets, components
 from opensora_core.config import Config, read_settings, to_dict, with_settings
 from opensora_core.data.dataset import Batches, CachedClips, ClipReader
@@ -30,12 +28,10 @@ from opensora_core.runs import (
 )
 from opensora_core.training.clips import ClipsTask, Rejects
 from opensora_core.training.corpus import Corpus, gather
-from opensora_core.training.denoiser import prepare
+from opensora_core.training.denoiser import fit_denoiser, prepare
 from opensora_core.training.encoders import Parts
 from opensora_core.training.events import Event, Notice, Working
 from opensora_core.training.filling import fill
-from opensora_core.training.loop import fit
-from opensora_core.training.memory import peak_flops
 from opensora_core.training.report import Recorder
 from opensora_core.training.settings import WORLD, check_settings, with_absolute_paths
 from opensora_core.training.validation import prepare_validation
@@ -171,15 +167,7 @@ def _clips(config: Config, run: Path) -> Iterator[Event]:
         dtype=dtype,
         lora=(config.train.lora_rank, config.train.lora_alpha) if config.train.lora_rank else None,
     )
-    yield from fit(
-        task,
-        config.train,
-        run / CHECKPOINTS,
-        num_workers=config.train.num_workers,
-        settings=to_dict(config),
-        scale_loss=dtype is torch.float16,
-        peak_flops=peak_flops(device, dtype),
-    )
+    yield from fit_denoiser(task, config, run / CHECKPOINTS)
 
 
 def _find_weights(config: Config, *, with_init: bool = True) -> Iterator[Event]:

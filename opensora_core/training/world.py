@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora_core import components, world
-from opensora_core.config import Config, TrainConfig, to_dict, with_settings
+from opensora_core.config import Config, TrainConfig, with_settings
 from opensora_core.diffusion.objective import Objective
 from opensora_core.errors import InputError
 from opensora_core.files import replacing_folder
@@ -23,10 +23,9 @@ from opensora_core.models import LatentTransformer
 from opensora_core.runs import CHECKPOINTS
 from opensora_core.tensors import Condition
 from opensora_core.text import TextEncoder, load_text_encoder
-from opensora_core.training.denoiser import DenoiserTask, prepare, tokens_and_flops
+from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, tokens_and_flops
 from opensora_core.training.events import Event, Facts
 from opensora_core.training.loop import Task, fit, step_seed
-from opensora_core.training.memory import peak_flops
 from opensora_core.vae.patch import PatchVAE
 
 
@@ -334,12 +333,4 @@ def _train_model(config: Config, output: Path, device: torch.device) -> Iterator
         seed=config.train.seed,
         dtype=dtype,
     )
-    yield from fit(
-        task,
-        config.train,
-        output / CHECKPOINTS,
-        num_workers=config.train.num_workers,
-        settings=to_dict(config),
-        scale_loss=dtype is torch.float16,
-        peak_flops=peak_flops(device, dtype),
-    )
+    yield from fit_denoiser(task, config, output / CHECKPOINTS)
