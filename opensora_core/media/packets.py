@@ -106,10 +106,8 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Vi
         for packet in container.demux(stream):
             if packet.size:  # the last one is empty and flushes; AVI has empty ones for frames that stand still
                 yield packet
-    except (
-        av.FFmpegError,
-        IndexError,
-    ):  # torn, or PyAV stumbles over a stream that appeared midway: this is all there is
+    except (av.FFmpegError, IndexError):
+        # torn, or PyAV stumbles over a stream that appeared midway: what came so far is what there is
         return
 
 
