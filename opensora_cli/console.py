@@ -201,9 +201,6 @@ class Console:
 
     def _show_train_progress(self, event: Any) -> None:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
-        if self._err.is_terminal:
-            self._draw(f"{event.part}  {metrics}", event.step, event.total, event.seconds_left)
-            return
         facts = [metrics, f"lr {event.lr:.2e}", f"{event.clips_per_second:.1f} clips/s"]
         if event.tokens_per_second:
             facts.append(f"{event.tokens_per_second:.3g} tokens/s")
@@ -215,6 +212,10 @@ class Console:
             f"{duration(event.seconds_left)} left",
         ]
         self._above(f"{event.part} {event.step}/{event.total}  ", "  ".join(facts), "cyan")
+        self._draw(f"training {event.part}", event.step, event.total, event.seconds_left)
+
+    def _show_checkpoint_saved(self, event: Any) -> None:
+        self._above("checkpoint: ", str(event.path), "cyan")
 
     def _show_rejected(self, event: Any) -> None:
         self._above("left out: ", f"{event.clip}: {event.reason} ({event.share:.1%} so far)", "yellow")
@@ -290,6 +291,7 @@ RENDERERS: dict[str, Callable[[Console, Any], None]] = {
     "Gallery": Console._show_gallery,
     "Working": Console._show_working,
     "TrainProgress": Console._show_train_progress,
+    "CheckpointSaved": Console._show_checkpoint_saved,
     "Rejected": Console._show_rejected,
     "Validated": Console._show_validated,
     "Sampled": Console._show_sampled,
