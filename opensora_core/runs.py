@@ -5,6 +5,7 @@
         clips.jsonl         the clips that it learns from, as they were counted when it began
         rejects.jsonl       the clips that it could not use, with the reason
         metrics.jsonl       a row per report
+        validation.jsonl    a row per validation
         tensorboard/        the same, drawn
         samples/            what the model made of prompts on the way
         checkpoints/step-N/ weights, their average, the optimizer, the settings, and a manifest of SHA-256 sums
@@ -31,6 +32,7 @@ CONFIG_FILE = "config.json"
 CLIPS_FILE = "clips.jsonl"
 REJECTS_FILE = "rejects.jsonl"
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"
 AVERAGE_FILE = "ema.safetensors"

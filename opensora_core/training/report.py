@@ -18,7 +18,7 @@ import torch
 from opensora_core.config import Config, TrainConfig, to_dict
 from opensora_core.errors import ConfigError
 from opensora_core.files import append_line
-from opensora_core.runs import METRICS_FILE
+from opensora_core.runs import METRICS_FILE, VALIDATION_FILE
 from opensora_core.training.events import Event, Facts, Sampled, TrainProgress, Validated
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ class Recorder:
             numbers |= {f"{event.part}/{name}": getattr(event, name) for name in names}
             self._draw(numbers, event.step)
         elif isinstance(event, Validated):
-            append_line(self.run / METRICS_FILE, json.dumps({"part": "validation", **dataclasses.asdict(event)}))
+            append_line(self.run / VALIDATION_FILE, json.dumps(dataclasses.asdict(event)))
             numbers = {"validation/loss": event.loss, "validation/ema_loss": event.ema_loss}
             for name, values in (("loss", event.bins), ("ema_loss", event.ema_bins)):
                 numbers |= {f"validation/{name}_bin{index}": value for index, value in enumerate(values)}

@@ -21,6 +21,7 @@ from opensora_core.runs import (
     CONFIG_FILE,
     METRICS_FILE,
     REJECTS_FILE,
+    VALIDATION_FILE,
     checkpoints,
     is_checkpoint,
     only_writer,
@@ -70,7 +71,7 @@ def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Eve
     try:
         with only_writer(run), _advice(config):
             if not resume:  # what a start that came to nothing left there
-                for name in (CLIPS_FILE, REJECTS_FILE, METRICS_FILE):
+                for name in (CLIPS_FILE, REJECTS_FILE, METRICS_FILE, VALIDATION_FILE):
                     (run / name).unlink(missing_ok=True)
                 shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
             if output != run:

@@ -88,15 +88,13 @@ def test_tensorboard_reads_back_what_was_measured_and_sampled(tmp_path: Path) ->
 def test_rows_are_lines_of_json(tmp_path: Path) -> None:
     record(tmp_path, progress(2), Validated(2, 0.5, 0.25, (0.5,), (0.25,)), progress(3))
     record(tmp_path, progress(4))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(row["part"], row["step"]) for row in rows] == [
-        ("model", 2),
-        ("validation", 2),
-        ("model", 3),
-        ("model", 4),
-    ]
+    rows, measured = (
+        [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("metrics.jsonl", "validation.jsonl")
+    )
+    assert [(row["part"], row["step"]) for row in rows] == [("model", 2), ("model", 3), ("model", 4)]
     assert rows[0]["loss"] == 9.0 and rows[0]["metrics"]["loss"] == 0.5 and rows[0]["sample_ids"] == ["é.mp4"]
-    assert rows[1]["bins"] == [0.5]
+    assert [(row["step"], row["bins"]) for row in measured] == [(2, [0.5])]
 
 
 def test_rows_are_there_before_the_run_ends(tmp_path: Path) -> None:
