@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def _reader(config: Config, manifest: Manifest) -> tuple[ClipReader, list[int], 
         except InputError:
             continue
         if len(clips) < MOST_CLIPS and found.num_frames >= pace.span(video.num_frames, found.fps):
-            clips.append(Clip(clip.path, num_frames=found.num_frames, fps=found.fps, start_seconds=clip.start_seconds))
+            clips.append(replace(clip, num_frames=found.num_frames, fps=found.fps))
     if not clips:
         raise InputError(
             f"none of the {len(manifest)} clips has {video.num_frames} frames at an interval of {video.frame_interval}",
