@@ -90,6 +90,8 @@ class Screen:
         ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
         self._pixel_aspect = float(ratio) if ratio > 0 else 1.0
         self._scaler = VideoReformatter()  # keeps its tables from frame to frame
+        self._rotation: int | None = None  # of the frame that the placement was looked up for
+        self._placement = (False, False, False)
 
     def size(self, frame: VideoFrame) -> tuple[int, int]:
         """Height and width as shown: upright, with square pixels.
@@ -102,7 +104,12 @@ class Screen:
             raise InputError(
                 f"{self._path} has frames that are shown as {width} x {height}, more than max_pixels={self._max_pixels}"
             )
-        return (width, height) if _placement(frame)[0] else (height, width)
+        return (width, height) if self._place(frame)[0] else (height, width)
+
+    def _place(self, frame: VideoFrame) -> tuple[bool, bool, bool]:
+        if frame.rotation != self._rotation:
+            self._rotation, self._placement = frame.rotation, _placement(frame)
+        return self._placement
 
     def show(self, frame: VideoFrame) -> Frames:
         """The frame as (H, W, 3) RGB, by one pass of the scaler over what the decoder made.
@@ -111,7 +118,7 @@ class Screen:
         more is BT.709, a smaller one BT.601.
         """
         covered, (top, left, height, width) = covering(self.size(frame), self._wanted, self._path, self._max_pixels)
-        turned, mirrored, upside_down = _placement(frame)
+        turned, mirrored, upside_down = self._place(frame)
         rows, columns = covered[::-1] if turned else covered
         guess = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
         full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
@@ -143,9 +150,9 @@ def _placement(frame: VideoFrame) -> tuple[bool, bool, bool]:
     Cameras write a matrix of 9 numbers, of which (x, y) -> (a x + c y, b x + d y) are the first two rows. Angles other
     than quarter turns are rounded to one, as players do.
     """
-    if not frame.rotation and not len(frame.side_data):
-        return False, False, False
-    matrix = cast(Mapping[Type, Buffer], frame.side_data).get(Type.DISPLAYMATRIX)
+    # a frame whose side data was asked for is freed by the garbage collector only, megabytes late: ask a tiny copy
+    copy = frame.reformat(width=16, height=16, format="gray", interpolation=Interpolation.POINT, threads=1)
+    matrix = cast(Mapping[Type, Buffer], copy.side_data).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()

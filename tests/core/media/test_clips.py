@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import random
@@ -510,6 +511,20 @@ def growth(path: Path, num_times: int) -> float:
 
 def test_opening_clips_again_and_again_leaves_nothing_behind(numbered):
     assert growth(numbered("short_gop.mp4")[0], 150) < 6e6
+
+
+def test_large_frames_do_not_wait_for_the_garbage_collector(tmp_path):
+    write_numbered(tmp_path / "large.mp4", 16, size=(720, 1280), rotation=90)
+    sizes = []
+    gc.disable()
+    try:
+        for _ in range(15):
+            read_frames(tmp_path / "large.mp4", range(16), height=36, width=48)
+            probe(tmp_path / "large.mp4")
+            sizes.append(psutil.Process().memory_info().rss)
+    finally:
+        gc.enable()
+    assert sizes[-1] - sizes[4] < 15e6
 
 
 @pytest.mark.slow
