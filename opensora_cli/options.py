@@ -165,11 +165,6 @@ def base(preset: str | None, model: str | None) -> tuple[str | None, Mapping[str
     raise UsageError(f"{model} does not say which settings it was trained with", NAME_PRESET)
 
 
-def is_recipe(folder: Path) -> bool:
-    """Whether a folder holds the runs of a recipe."""
-    return (folder / "recipe.json").is_file()
-
-
 def spelled_out(words: Sequence[str], bare: Mapping[str, str]) -> list[str]:
     """Give flags that may stand alone the value that they mean then, which typer wants to see.
 

@@ -14,6 +14,7 @@ from opensora_cli.options import FROM_PRESET, OUTPUT, REPORT, RUNTIME
 from opensora_core import presets
 from opensora_core.config import Config
 from opensora_core.errors import UsageError, nearest
+from opensora_core.runs import is_recipe
 
 DATA = "What it learns from"
 TRAINING = "How it is trained"
@@ -236,7 +237,7 @@ def train(
             raise UsageError(f"--data is given {len(data)} times", "several are for the stages of a --recipe")
         flags["data.source"] = data[0]
     run = _resumed(resume, output) if resume is not None else output
-    if run is not None and resume is not None and options.is_recipe(run):
+    if run is not None and resume is not None and is_recipe(run):
         from opensora_core import training
 
         if data or config or set_ or preset or export or any(value is not None for value in flags.values()):
@@ -360,7 +361,7 @@ def _resumed(word: str, output: Path | None) -> Path:
     if output is not None:
         return output
     here = Path()
-    if options.saved_settings(here) is not None or options.is_recipe(here):
+    if options.saved_settings(here) is not None or is_recipe(here):
         return here
     found = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     hint = f"osora train --resume {found[0].parent}" if found else "osora train --resume runs/NAME"

@@ -276,10 +276,11 @@ def read_denoiser(path: Path) -> Weights:
     Raises:
         CheckpointError: no weights there, or torn ones.
     """
-    if path.is_dir() and (runs.is_run(path) or runs.is_checkpoint(path)):
-        checkpoint = _checkpoint_of(path)
-        state = read_weights(checkpoint / runs.WEIGHTS_FILE).state
-        return Weights(state | read_weights(checkpoint / runs.AVERAGE_FILE).state)
+    if runs.is_run(path):
+        path = _checkpoint_of(path)
+    if runs.is_checkpoint(path):
+        state = read_weights(path / runs.WEIGHTS_FILE).state
+        return Weights(state | read_weights(path / runs.AVERAGE_FILE).state)
     if (path / "running_states.json").is_file():
         return read_weights(path / "ema.pt" if (path / "ema.pt").is_file() else path / "model")
     return read_weights(path)
@@ -293,14 +294,11 @@ def _checkpoint_of(run: Path) -> Path:
 
 
 def _adapted(path: Path) -> dict[str, str] | None:
-    """What to build for a run that trained an adapter; None for anything else."""
-    if not (path.is_dir() and (runs.is_run(path) or runs.is_checkpoint(path))):
+    """What to build for a checkpoint of an adapter; None for anything else."""
+    if not (runs.is_checkpoint(path) and (path / runs.LORA_FOLDER).is_dir()):
         return None
-    checkpoint = _checkpoint_of(path)
-    if not (checkpoint / runs.LORA_FOLDER).is_dir():
-        return None
-    init = read_settings(checkpoint / runs.CONFIG_FILE)["train.init"]
-    return {"model.weights": init, "model.lora": str(checkpoint / runs.LORA_FOLDER)}
+    init = read_settings(path / runs.CONFIG_FILE)["train.init"]
+    return {"model.weights": init, "model.lora": str(path / runs.LORA_FOLDER)}
 
 
 def empty_model(config: Config) -> LatentTransformer:
@@ -342,7 +340,9 @@ def word_of(config: Config, kind: assets.Kind) -> str:
 
 
 def locate(config: Config, kind: assets.Kind, on_progress: Progress | None = None) -> Located:
-    """Find the weights of a part, or download them, and check those that came with a manifest.
+    """Find the weights of a part, or download them, and check those that came with a manifest, once.
+
+    Of a run of ours it is the newest whole checkpoint.
 
     Raises:
         UsageError: no such name, file or folder.
@@ -353,6 +353,8 @@ def locate(config: Config, kind: assets.Kind, on_progress: Progress | None = Non
     if not word:
         raise UsageError(f"no weights are named for the {kind}", f"--set {kind}.weights=NAME, PATH or hf:owner/repo")
     found = assets.locate(word, kind=kind, offline=config.runtime.offline, on_progress=on_progress)
+    if kind == "model" and (runs.is_run(found.path) or runs.is_checkpoint(found.path)):
+        return dataclasses.replace(found, path=_checkpoint_of(found.path))
     folder = found.path if kind == "model" and found.path.is_dir() else found.path.parent
     if (folder / MANIFEST).is_file():
         verify_manifest(folder, "" if kind == "model" else found.path.name)

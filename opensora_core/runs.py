@@ -37,6 +37,7 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"
 AVERAGE_FILE = "ema.safetensors"
 LORA_FOLDER = "lora"
+RECIPE_FILE = "recipe.json"
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock-holder"
 
@@ -44,6 +45,11 @@ HOLDER_FILE = ".lock-holder"
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a training run."""
     return (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
+def is_recipe(folder: Path) -> bool:
+    """Whether a folder holds the runs of a recipe."""
+    return (folder / RECIPE_FILE).is_file()
 
 
 def is_checkpoint(folder: Path) -> bool:

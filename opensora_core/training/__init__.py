@@ -14,7 +14,7 @@ from opensora_core.training.events import (
 )
 from opensora_core.training.export import check_export, export
 from opensora_core.training.preflight import Checkup, examine
-from opensora_core.training.recipe import Chapter, is_recipe, read_recipe, train_recipe
+from opensora_core.training.recipe import Chapter, read_recipe, train_recipe
 from opensora_core.training.run import fill_cache, train
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "examine",
     "export",
     "fill_cache",
-    "is_recipe",
     "read_recipe",
     "train",
     "train_recipe",

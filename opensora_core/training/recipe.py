@@ -10,12 +10,10 @@ from pathlib import Path
 from opensora_core.config import Config, flatten, to_dict, with_settings
 from opensora_core.errors import InputError, UsageError
 from opensora_core.files import write_bytes
-from opensora_core.runs import CHECKPOINTS, CONFIG_FILE, checkpoints, step_of
+from opensora_core.runs import CHECKPOINTS, CONFIG_FILE, RECIPE_FILE, checkpoints, is_recipe, step_of
 from opensora_core.training.events import Event, Stage
 from opensora_core.training.run import train
 from opensora_core.training.settings import check_settings
-
-RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,6 @@ class Chapter:
 
     name: str
     config: Config
-
-
-def is_recipe(folder: Path) -> bool:
-    """Whether a folder holds the runs of a recipe."""
-    return (folder / RECIPE_FILE).is_file()
 
 
 def train_recipe(chapters: Sequence[Chapter], *, output: Path, resume: bool = False) -> Iterator[Event]:
