@@ -15,7 +15,7 @@ from torch import nn
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, ConfigError
 from opensora_core.training import optim
-from opensora_core.training.muon import Muon
+from opensora_core.training.muon import Muon, orthogonal
 from opensora_core.training.optim import (
     Optimizer,
     build_optimizers,
@@ -188,3 +188,17 @@ def test_our_muon_is_torchs_in_more_digits(shape: tuple[int, int]) -> None:
     states = [optimizer.state[parameter] for optimizer, parameter in zip(optimizers, (ours, theirs), strict=True)]
     assert states[0].keys() == states[1].keys()
     assert torch.equal(states[0]["momentum_buffer"], states[1]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32), (32, 40)])
+def test_matrices_of_any_shape_are_orthogonalised_as_torch_does(shape: tuple[int, int]) -> None:
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    ours = orthogonal(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    theirs = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    assert ours.shape == matrix.shape
+    torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0)  # theirs is in bf16
+    values = torch.linalg.svdvals(ours)
+    assert 0.5 < values.min() and values.max() < 1.3
