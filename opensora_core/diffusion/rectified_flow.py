@@ -53,11 +53,16 @@ class RectifiedFlow:
         return self.timestep_shift * s / (1 + (self.timestep_shift - 1) * s)
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw 1000 s (B,) fp32, on the generator's device."""
-        if self.timestep_sampling == "uniform":
-            s = torch.rand(batch_size, generator=generator, device=generator.device)
-        else:
-            s = torch.sigmoid(torch.randn(batch_size, generator=generator, device=generator.device))
+        """Draw 1000 s (B,) fp32, on the generator's device: one from each B-th of the distribution, in random order.
+
+        So each sample has the distribution for itself, but a small batch never leaves a part of the path out, and its
+        gradient varies less.
+        """
+        device = generator.device
+        parts = torch.randperm(batch_size, generator=generator, device=device)
+        s = (parts + torch.rand(batch_size, generator=generator, device=device)) / batch_size
+        if self.timestep_sampling == "logit-normal":
+            s = torch.sigmoid(torch.special.ndtri(s.clamp(1e-6, 1 - 1e-6)))
         return self.shift(s) * self.num_timesteps
 
     def grid(self, steps: int) -> list[float]:

@@ -56,6 +56,18 @@ def test_timesteps_follow_the_shifted_distribution(sampling: str, shift: float) 
     torch.testing.assert_close(plain.quantile(torch.tensor([0.25, 0.5, 0.75])), expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_a_batch_has_a_timestep_from_every_part_of_the_path(sampling: str) -> None:
+    flow = RectifiedFlow(timestep_sampling=sampling)  # type: ignore[arg-type]
+    everything = flow.draw_timesteps(4000, torch.Generator().manual_seed(1))
+    limits = everything.quantile(torch.linspace(0, 1, 9))[1:-1]
+    batches = [flow.draw_timesteps(8, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for drawn in batches:
+        assert sorted(torch.bucketize(drawn + 0.5, limits).tolist()) == pytest.approx(list(range(8)), abs=1)
+    firsts = torch.stack(batches)[:, 0]  # the first sample of a batch may get any part
+    assert firsts.min() < 250 and firsts.max() > 750
+
+
 def test_the_sampling_grid_is_shifted_like_training() -> None:
     assert RectifiedFlow().grid(4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert RectifiedFlow(timestep_shift=3.0).grid(2) == pytest.approx([1, 0.75, 0])
