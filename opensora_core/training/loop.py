@@ -245,8 +245,12 @@ class _Trainer:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Let a loader worker ignore Ctrl-C, which reaches the whole group: were it to die, the last step would with it."""
+    """Let a loader worker ignore what asks the run to stop, and often reaches the whole group (Ctrl-C, Slurm).
+
+    Were the worker to die, the last step would with it. It ends when its parent does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -127,18 +127,26 @@ def test_a_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, code: int, model: Path, clips: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "settings.json"
-    config = clips_config(model, clips, train__max_steps=10_000, train__checkpoint_every=10_000)
+    config = clips_config(model, clips, train__max_steps=10_000, train__checkpoint_every=10_000, train__num_workers=1)
     settings.write_text(json.dumps(to_dict(config)))
     output = tmp_path / "run"
-    words = ["train", "--config", str(settings), "--output", str(output), "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opensora_cli", *words], stdout=subprocess.PIPE, text=True, env=_single_threaded()
-    )
+    words = [
+        sys.executable,
+        "-m",
+        "opensora_cli",
+        "train",
+        "--config",
+        str(settings),
+        "--output",
+        str(output),
+        "--json",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=_single_threaded(), start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line).get("step", 0) >= 2 and "lr" in line:
             break
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and Slurm do: the loader's worker gets it too
     rest, _ = process.communicate(timeout=30)
     events = [json.loads(line) for line in rest.splitlines()]
     assert process.returncode == code
