@@ -110,12 +110,17 @@ def build_text_encoder(config: Config) -> TextEncoder:
     return text.load_text_encoder(
         config.text.kind,
         path,
-        max_length=config.model.caption_length if config.model.condition == "text" else 0,
+        max_length=text_length(config),
         cleaning=config.text.cleaning,
         dtype=resolve_dtype(name, device),
         device=device,
         num_classes=config.model.num_classes,
     )
+
+
+def text_length(config: Config) -> int:
+    """The tokens that a caption is cut at: what the model attends to, or what goes into its pooled vector."""
+    return config.model.caption_length if config.model.condition == "text" else config.text.max_length
 
 
 def build_vae(config: Config) -> VideoVAE:

@@ -85,8 +85,9 @@ class VAEConfig:
 class TextConfig:
     """The text encoder. `cleaning` is `published` (Open-Sora 1.0's rules) or `plain` (keeps every script)."""
 
-    kind: Literal["t5", "clip", "class"] = "t5"
+    kind: Literal["t5", "t5-pooled", "clip", "class"] = "t5"
     weights: str = "t5-v1_1-xxl"
+    max_length: int = 0  # tokens that a pooled caption is cut at; 0 is all that the encoder was built for
     cleaning: Literal["published", "plain"] = "published"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
@@ -152,8 +153,10 @@ class TrainConfig:
     init: str = ""
     max_steps: int = 1000
     vae_steps: int = 2000  # of the parts that come before the denoiser when everything is trained from nothing
+    decoder_steps: int = 0  # more of them for the autoencoder's decoder alone, which leaves latents as they are
     text_steps: int = 1000
     batch_size: int = 8
+    draws: int = 1  # noises and timesteps that each clip of a batch is seen with; cheaper than more clips
     accumulate: int = 1  # parts that a batch is computed in, one after the other
     optimizer: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
     lr: float = 2e-5
@@ -190,6 +193,37 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """How videos are split into clips, and what a source may cost before it is given up.
+
+    `detector_options` lists the detector's own settings, such as `threshold=27 min_content=15`.
+    """
+
+    detector: str = "auto"
+    detector_options: str = ""
+    fast: bool = False  # look closely only where keyframes hint at a change
+    min_seconds: float = 1.0
+    max_seconds: float = 5.0  # 0 leaves scenes whole
+    trim: int = 0  # frames that are dropped on both sides of a boundary
+    cut: Literal["exact", "copy", "smart", "none"] = "exact"
+    fps: float = 0.0  # 0 keeps the source's
+    short_side: int = 512  # of re-encoded clips, which are never enlarged; 0 keeps the source's
+    crop_black_bars: bool = False
+    audio: bool = True
+    codec: str = "libx264"
+    codec_preset: str = "veryfast"
+    crf: int = 18
+    fast_decode: bool = False  # clips that decode faster and are larger
+    workers: int = 0  # processes; 0 is one per core
+    decode_threads: int = 1  # of one process
+    stall_seconds: float = 60.0  # in which nothing of a source is read, after which it is given up
+    source_seconds: float = 21600.0  # of wall time that a source may take
+    source_bytes: int = 2**31  # of memory that a process may take for it
+    source_frames: int = 2_000_000  # that a source may have
+    source_pixels: int = 8192 * 4320  # of one frame
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Where and how the arithmetic runs."""
 
@@ -213,6 +247,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

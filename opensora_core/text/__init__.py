@@ -17,7 +17,7 @@ from opensora_core.text.cleaning import CLEANINGS
 from opensora_core.text.clip import ClipEncoder
 from opensora_core.text.labels import LabelEncoder
 from opensora_core.text.protocol import TextEncoder
-from opensora_core.text.t5 import T5Encoder
+from opensora_core.text.t5 import PooledT5Encoder, T5Encoder
 
 __all__ = ["TEXT_ENCODERS", "TextEncoder", "load_text_encoder"]
 
@@ -37,6 +37,7 @@ def _captions(encoder: type[T5Encoder] | type[ClipEncoder]) -> Callable[..., Tex
 
 TEXT_ENCODERS: dict[str, Callable[..., TextEncoder]] = {
     "t5": _captions(T5Encoder),
+    "t5-pooled": _captions(PooledT5Encoder),
     "clip": _captions(ClipEncoder),
     "class": _classes,
 }

@@ -1,4 +1,4 @@
-"""T5 as a text encoder: one embedding per token, with a mask of those that count."""
+"""T5 as a text encoder: one embedding per token, with a mask of those that count, or their mean."""
 
 from __future__ import annotations
 
@@ -71,3 +71,19 @@ class T5Encoder:
     def count_tokens(self, prompt: str) -> int:
         """Count the tokens of a prompt after cleaning and before cutting, the end of the text included."""
         return len(self.tokenizer(self.clean(prompt), truncation=False, verbose=False).input_ids)
+
+
+class PooledT5Encoder(T5Encoder):
+    """A T5 whose caption is one vector: the mean over its tokens, for models that take no more."""
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Condition:
+        """Token ids and mask, both (B, L) int64 -> tokens (B, 1, E), no mask."""
+        whole = super().encode_ids(ids, mask)
+        assert whole.mask is not None
+        return Condition(pooled(whole.tokens, whole.mask)[:, None])
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean (B, E) of embeddings (B, L, E) over the tokens that a mask (B, L) keeps."""
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

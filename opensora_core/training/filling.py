@@ -108,7 +108,7 @@ def _text_print(config: Config, cache: Cache) -> str:
         parts=("text_encoder", "tokenizer"),
         kind=config.text.kind,
         cleaning=config.text.cleaning,
-        max_length=config.model.caption_length,
+        max_length=components.text_length(config),
         num_classes=config.model.num_classes,
         dtype=str(components.resolve_dtype(name, device)),
     )

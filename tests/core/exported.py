@@ -19,6 +19,10 @@ SETTINGS = {
     "video.num_frames": 4,
     "video.height": 32,
     "video.width": 48,
+    "model.family": "stdit",  # the bundled model is a DiT; what most tests are about is this
+    "model.condition": "text",
+    "model.qk_norm": False,
+    "text.kind": "t5",
     "model.in_channels": 4,
     "model.hidden_size": 64,  # a multiple of 32, as in every preset: activations come in vectors of that length
     "model.depth": 2,

@@ -11,14 +11,14 @@ from opensora_core.errors import CheckpointError, ConfigError, WeightsError
 from opensora_core.text import TEXT_ENCODERS, TextEncoder, load_text_encoder
 
 every_kind = pytest.mark.parametrize("kind", TEXT_ENCODERS)
-every_text_kind = pytest.mark.parametrize("kind", ["t5", "clip"])
+every_text_kind = pytest.mark.parametrize("kind", ["t5", "t5-pooled", "clip"])
 
 
 @pytest.fixture
 def encoder(kind: str, t5_folder: Path, clip_folder: Path) -> TextEncoder:
     if kind == "class":
         return load_text_encoder(kind, None, num_classes=101)
-    folder, length = {"t5": (t5_folder, 20), "clip": (clip_folder, 0)}[kind]
+    folder, length = (clip_folder, 0) if kind == "clip" else (t5_folder, 20)
     return load_text_encoder(kind, folder, max_length=length, cleaning="plain")
 
 
@@ -50,7 +50,7 @@ def test_the_shapes_are_those_of_condition(kind: str, encoder: TextEncoder) -> N
     assert condition.size is None and not condition.tokens.requires_grad
     if kind == "class":
         assert condition.tokens.shape == (3,) and condition.tokens.dtype == torch.int64 and condition.mask is None
-    elif kind == "clip":
+    elif kind in ("clip", "t5-pooled"):
         assert condition.tokens.shape == (3, 1, 16) and condition.mask is None
     else:
         assert condition.tokens.shape == (3, 20, 16)
@@ -67,13 +67,13 @@ def test_tokens_are_counted_before_cutting(kind: str, encoder: TextEncoder) -> N
 
 @every_text_kind
 def test_an_empty_prompt_has_special_tokens_only(kind: str, encoder: TextEncoder) -> None:
-    assert encoder.count_tokens("") == {"t5": 1, "clip": 2}[kind] == encoder.count_tokens("  \n ")
+    assert encoder.count_tokens("") == (2 if kind == "clip" else 1) == encoder.count_tokens("  \n ")
     assert encoder.encode([""]).tokens.isfinite().all()
 
 
 @every_text_kind
 def test_dtype_is_that_of_the_embeddings(kind: str, t5_folder: Path, clip_folder: Path) -> None:
-    folder = {"t5": t5_folder, "clip": clip_folder}[kind]
+    folder = clip_folder if kind == "clip" else t5_folder
     full = load_text_encoder(kind, folder, dtype=torch.float32).encode(["a red ball"]).tokens
     half = load_text_encoder(kind, folder, dtype=torch.bfloat16).encode(["a red ball"]).tokens
     assert half.dtype == torch.bfloat16
@@ -84,7 +84,7 @@ def test_dtype_is_that_of_the_embeddings(kind: str, t5_folder: Path, clip_folder
 def test_another_folder_is_refused_with_what_it_holds(
     kind: str, t5_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    other, held = {"t5": (clip_folder, "clip"), "clip": (t5_folder, "t5")}[kind]
+    other, held = (t5_folder, "t5") if kind == "clip" else (clip_folder, "clip")
     with pytest.raises(CheckpointError, match=f"of type {held}"):
         load_text_encoder(kind, other)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
@@ -97,7 +97,7 @@ def test_another_folder_is_refused_with_what_it_holds(
 
 @every_text_kind
 def test_torn_weights_are_refused(kind: str, t5_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
-    for file in {"t5": t5_folder, "clip": clip_folder}[kind].iterdir():
+    for file in (clip_folder if kind == "clip" else t5_folder).iterdir():
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
     with pytest.raises(CheckpointError, match="cannot be read"):

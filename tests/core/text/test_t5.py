@@ -32,6 +32,14 @@ def test_the_mask_covers_the_caption_and_its_end(t5_folder: Path) -> None:
     assert mask[0, : int(mask[0].sum())].all(), "padding is on the right"
 
 
+def test_the_pooled_caption_is_the_mean_of_its_tokens(t5_folder: Path) -> None:
+    whole = load(t5_folder, max_length=20).encode(["a red ball", "the sea"])
+    vectors = load_text_encoder("t5-pooled", t5_folder, max_length=20).encode(["a red ball", "the sea"]).tokens
+    assert whole.mask is not None
+    for tokens, mask, vector in zip(whole.tokens, whole.mask, vectors, strict=True):
+        torch.testing.assert_close(vector[0], tokens[mask].mean(0))
+
+
 def test_padding_does_not_reach_the_caption(t5_folder: Path) -> None:
     count = load(t5_folder).count_tokens("a red ball")
     short, long = (load(t5_folder, max_length=length).encode(["a red ball"]) for length in (count, 60))
