@@ -122,7 +122,8 @@ class ClipsTask(DenoiserTask):
             bucket = batch.bucket
             latent = self.encoders.vae.latent_shape(bucket.num_frames, bucket.height, bucket.width)
         tokens, flops = tokens_and_flops(self.model, latent)
-        return Facts(batch.ids, len(batch.ids) * tokens, len(batch.ids) * flops)
+        seen = len(batch.ids) * self.draws
+        return Facts(batch.ids, seen * tokens, seen * flops)
 
     def after(self, step: int, ema: EMA) -> Iterator[Event]:
         """Validate and sample, when it is time."""

@@ -28,9 +28,13 @@ class DenoiserTask(Task):
         model: the denoiser; its weights are fp32.
         objective: what it learns.
         dtype: of the arithmetic; weights, losses and gradients stay fp32.
+
+    Attributes:
+        draws: how many noises and timesteps each clip of a batch is seen with.
     """
 
     name = "model"
+    draws = 1
 
     def __init__(self, model: LatentTransformer, objective: Objective, dtype: torch.dtype = torch.float32) -> None:
         self.module = self.model = model
@@ -47,7 +51,10 @@ class DenoiserTask(Task):
         Everything is drawn for the whole batch at once, so the number of parts changes memory and no number.
         """
         latents, condition = self.encoded(batch, generator)
-        device, count = latents.device, len(latents)
+        device, count = latents.device, len(latents) * self.draws
+        if self.draws > 1:
+            again = torch.arange(len(latents), device=device).repeat_interleave(self.draws)
+            latents, condition = latents[again], condition[again]
         dropped = torch.rand(count, generator=generator, device=device) < self.model.caption_dropout
         condition = self.model.replace_captions(condition, dropped)
         timestep = self.objective.draw_timesteps(count, generator)
@@ -91,6 +98,7 @@ def fit_denoiser(task: DenoiserTask, config: Config, folder: Path) -> Iterator[E
         config: of the run; kept with every checkpoint.
         folder: of the checkpoints.
     """
+    task.draws = config.train.draws
     return fit(
         task,
         config.train,

@@ -137,7 +137,7 @@ def _checkup(config: Config, buckets: Sequence[Bucket]) -> Checkup:
     ]
     sizes = [tokens_and_flops(model, shape) for shape in shapes]
     largest = max(range(len(buckets)), key=lambda number: sizes[number][0] * buckets[number].batch_size)
-    part = -(-buckets[largest].batch_size // config.train.accumulate)
+    part = -(-buckets[largest].batch_size * config.train.draws // config.train.accumulate)
     memory = estimate(model, config.train, latent_shape=shapes[largest], batch_size=part, dtype=dtype)
     encoders = 0 if config.data.cache or config.data.source == WORLD else _encoder_bytes(config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -13,6 +13,7 @@ WORLD = "world"
 _AT_LEAST_ONE = (
     "train.max_steps",
     "train.batch_size",
+    "train.draws",
     "train.accumulate",
     "train.log_every",
     "train.checkpoint_every",
@@ -47,7 +48,7 @@ def check_settings(config: Config, *, cache_only: bool = False) -> None:
             "runtime.offload is for sampling: in training every part is needed in every step",
             "--cache DIR keeps the encoders out of memory; --set train.recompute=1 keeps activations out",
         )
-    if train.accumulate > train.batch_size:
+    if train.accumulate > train.batch_size * train.draws:
         raise ConfigError(
             f"train.accumulate = {train.accumulate} parts of a batch of {train.batch_size}", "lower train.accumulate"
         )

@@ -23,6 +23,7 @@ from opensora_core.models import LatentTransformer
 from opensora_core.runs import CHECKPOINTS
 from opensora_core.tensors import Condition
 from opensora_core.text import TextEncoder, load_text_encoder
+from opensora_core.text.t5 import pooled
 from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, tokens_and_flops
 from opensora_core.training.events import Event, Facts
 from opensora_core.training.loop import Task, fit, step_seed
@@ -83,6 +84,17 @@ class AutoencoderTask(Task):
         self.vae.latents_std = means.std(dim=(0, 2, 3)).tolist()
 
 
+class DecoderTask(AutoencoderTask):
+    """Train the decoder on, and leave the encoder as it is: latents, and what was trained on them, stay the same."""
+
+    name = "decoder"
+
+    def __init__(self, vae: PatchVAE, *, batch_size: int, seed: int, frames_per_clip: int = 4) -> None:
+        super().__init__(vae, batch_size=batch_size, seed=seed, frames_per_clip=frames_per_clip)
+        vae.encoder_blocks.requires_grad_(False)
+        vae.decoder_blocks.requires_grad_(True)
+
+
 class _Reader(nn.Module):
     """A text encoder with one linear head per attribute of the world, on the mean over the caption's tokens."""
 
@@ -96,8 +108,8 @@ class _Reader(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return {name: head(pooled) for name, head in self.heads.items()}
+        vectors = pooled(hidden, mask)
+        return {name: head(vectors) for name, head in self.heads.items()}
 
 
 class TextTask(Task):
@@ -222,8 +234,8 @@ class WorldTask(DenoiserTask):
             latents = self.vae.encode(video, noise)
         ids = tuple(f"{world_id(step, index)}" for index in range(self.batch_size))
         count, flops = tokens_and_flops(self.model, shape)
-        facts = Facts(ids, count * self.batch_size, flops * self.batch_size)
-        return latents, self.text_encoder.encode(captions), facts
+        seen = self.batch_size * self.draws
+        return latents, self.text_encoder.encode(captions), Facts(ids, count * seen, flops * seen)
 
     def encoded(self, batch: tuple[Tensor, Condition, Facts], generator: torch.Generator) -> tuple[Tensor, Condition]:
         """What the worker made, on the model's device."""
@@ -252,9 +264,9 @@ def check_world(config: Config) -> None:
     size = (config.video.num_frames, config.video.height, config.video.width)
     if size != (world.NUM_FRAMES, world.SIZE, world.SIZE):
         raise InputError(f"the world is 16x64x64, not {'x'.join(map(str, size))}", "use --preset tiny")
-    if (config.vae.kind, config.text.kind) != ("patch", "t5"):
+    if config.vae.kind != "patch" or config.text.kind not in ("t5", "t5-pooled"):
         raise InputError(
-            f"only a 'patch' VAE and a 't5' text encoder are trained from nothing, "
+            f"only a 'patch' VAE and a 't5' or 't5-pooled' text encoder are trained from nothing, "
             f"not '{config.vae.kind}' and '{config.text.kind}'",
             "use --preset tiny",
         )
@@ -267,6 +279,7 @@ def train_world(config: Config, output: Path, device: torch.device) -> Iterator[
         TrainingError, CheckpointError, ResourceError, Stopped: see `fit`.
     """
     yield from _train_vae(config, output, device)
+    yield from _train_decoder(config, output, device)
     yield from _train_text(config, output, device)
     yield from _train_model(config, output, device)
 
@@ -285,6 +298,24 @@ def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[E
         vae.save_pretrained(folder)
 
 
+def _train_decoder(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+    if not config.train.decoder_steps:
+        return
+    vae = PatchVAE.from_pretrained(output / "vae").to(device)
+    recipe = _recipe(
+        config,
+        max_steps=config.train.decoder_steps,
+        batch_size=12,
+        warmup_steps=30,
+        lr=1e-3,
+        muon_lr=config.train.muon_lr / 2,
+    )
+    task = DecoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
+    yield from fit(task, recipe, output / CHECKPOINTS / task.name)  # at its end already, it just loads what it has
+    with replacing_folder(output / "vae") as part:
+        vae.cpu().save_pretrained(part)
+
+
 def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
     if (output / "text").exists():
         return
@@ -294,11 +325,11 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
             make_text_encoder(
                 folder,
                 width=config.model.caption_channels,
-                max_length=config.model.caption_length,
+                max_length=components.text_length(config),
                 seed=config.train.seed,
             )
     recipe = _recipe(config, max_steps=config.train.text_steps, batch_size=128, warmup_steps=50)
-    task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=config.model.caption_length)
+    task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=components.text_length(config))
     task.module.to(device)
     yield from fit(task, recipe, output / CHECKPOINTS / task.name)
     with replacing_folder(output / "text") as folder:
@@ -306,7 +337,7 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
         task.tokenizer.save_pretrained(folder)
 
 
-def _recipe(config: Config, **settings: int) -> TrainConfig:
+def _recipe(config: Config, **settings: float) -> TrainConfig:
     """How the parts before the denoiser are trained; only their lengths are settings."""
     return with_settings(config.train, {"lr": 2e-3, "accumulate": 1, **settings})
 
@@ -314,9 +345,9 @@ def _recipe(config: Config, **settings: int) -> TrainConfig:
 def _train_model(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
     vae = PatchVAE.from_pretrained(output / "vae")
     text = load_text_encoder(
-        "t5",
+        config.text.kind,
         output / "text",
-        max_length=config.model.caption_length,
+        max_length=components.text_length(config),
         cleaning=config.text.cleaning,
         dtype=torch.float32,
         device=torch.device("cpu"),

@@ -1,7 +1,8 @@
 """A small video autoencoder that convolves at latent resolution: the one the bundled model was trained with.
 
 Each frame is cut into 8x8 patches by a pixel-unshuffle and every convolution then runs on the 8x smaller grid, where it
-costs a 64th. The encoder is kept lighter than the decoder because training encodes each clip and never decodes it.
+costs a 64th. The encoder is kept lighter than the decoder because training encodes each clip and never decodes it; at
+depth 0 it is one linear map of each patch, as good here, next to free, and blind to what happens in other patches.
 """
 
 from __future__ import annotations
@@ -60,13 +61,27 @@ def _tower(in_channels: int, width: int, depth: int, out_channels: int) -> nn.Se
     )
 
 
+class _LinearEncoder(nn.Module):
+    """Patches (N, P, h, w) -> mean and log-variance (N, 2C, h, w): each patch for itself, the variance a constant."""
+
+    def __init__(self, pixels: int, latent_channels: int) -> None:
+        super().__init__()
+        self.mean = _Conv(pixels, latent_channels, 1)
+        self.log_variance = nn.Parameter(torch.zeros(latent_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean: Tensor = self.mean(x)
+        return torch.cat([mean, self.log_variance[:, None, None].expand_as(mean)], dim=1)
+
+
 class PatchVAE(nn.Module):
     """Per-frame KL autoencoder over patches, with the interface of `VideoVAE`.
 
     Args:
         latent_channels: C of the latents.
         patch: pixels of a patch's side, which is the spatial stride.
-        encoder_width, encoder_depth, decoder_width, decoder_depth: channels and residual blocks of the two towers.
+        encoder_width, encoder_depth, decoder_width, decoder_depth: channels and residual blocks of the two towers; an
+            encoder of depth 0 is linear.
         latents_mean, latents_std: of the raw posterior mean per channel, taken after training; what leaves `encode` is
             normalised by them, so a denoiser sees zero mean and unit variance.
         micro_batch: frames per pass.
@@ -79,7 +94,7 @@ class PatchVAE(nn.Module):
         latent_channels: int = 8,
         patch: int = 8,
         encoder_width: int = 96,
-        encoder_depth: int = 2,
+        encoder_depth: int = 0,
         decoder_width: int = 128,
         decoder_depth: int = 4,
         latents_mean: list[float] | None = None,
@@ -101,7 +116,10 @@ class PatchVAE(nn.Module):
         self.micro_batch = micro_batch
         self.sample_posterior = sample_posterior
         pixels = 3 * patch * patch
-        self.encoder_blocks = _tower(pixels, encoder_width, encoder_depth, 2 * latent_channels)
+        if encoder_depth:
+            self.encoder_blocks: nn.Module = _tower(pixels, encoder_width, encoder_depth, 2 * latent_channels)
+        else:
+            self.encoder_blocks = _LinearEncoder(pixels, latent_channels)
         self.decoder_blocks = _tower(latent_channels, decoder_width, decoder_depth, pixels)
         self.latents_mean = latents_mean or [0.0] * latent_channels
         self.latents_std = latents_std or [1.0] * latent_channels

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from opensora_core import world
+from opensora_core import components, world
 from opensora_core.config import Config, with_settings
+from opensora_core.diffusion import RectifiedFlow
 from opensora_core.errors import UsageError
 from opensora_core.files import verify_manifest
 from opensora_core.presets import preset
+from opensora_core.tensors import Condition
 from opensora_core.training import check_export, export, train
+from opensora_core.training.denoiser import DenoiserTask
 from opensora_core.training.events import Resumed, TrainProgress
-from opensora_core.training.world import AutoencoderTask, TextTask, make_text_encoder, to_tensor
+from opensora_core.training.world import AutoencoderTask, DecoderTask, TextTask, make_text_encoder, to_tensor
 from opensora_core.vae.patch import PatchVAE
 
 
@@ -38,7 +42,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 
 def test_the_autoencoder_learns() -> None:
     torch.manual_seed(0)
-    vae = PatchVAE(latent_channels=4, encoder_width=16, encoder_depth=1, decoder_width=16, decoder_depth=1)
+    vae = PatchVAE(latent_channels=4, decoder_width=16, decoder_depth=1)
     task = AutoencoderTask(vae, batch_size=2, seed=0)
     batch, generator = task.batch(0), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-2)
@@ -53,6 +57,37 @@ def test_the_autoencoder_learns() -> None:
     task.measure_statistics(num_batches=1)
     latents = vae.encode(task.batch(10**9)[:, :, None])
     assert latents.mean().abs() < 0.1 and 0.8 < latents.std() < 1.2
+
+
+def test_the_decoder_goes_on_alone() -> None:
+    torch.manual_seed(0)
+    vae = PatchVAE(latent_channels=4, decoder_width=16, decoder_depth=1)
+    task = DecoderTask(vae, batch_size=2, seed=0)
+    next(task.losses(task.batch(0), torch.Generator()))["loss"].backward()
+    assert all(parameter.grad is None for parameter in vae.encoder_blocks.parameters())
+    assert all(parameter.grad is not None for parameter in vae.decoder_blocks.parameters())
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_clip_is_seen_with_as_many_noises_as_asked_for(draws: int) -> None:
+    class Recorded(DenoiserTask):
+        def encoded(self, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, Condition]:
+            return torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 8, 4, 2, 2), Condition(torch.zeros(2, 1, 128))
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Objective(RectifiedFlow):
+        def losses(self, denoiser: Any, x0: Any, timestep: Any, noise: Any, condition: Any) -> dict[str, torch.Tensor]:
+            seen.append((x0[:, 0, 0, 0, 0], noise))
+            return {"loss": timestep}
+
+    model = components.empty_model(with_settings(preset("tiny"), SMALL | {"model.caption_channels": 128}))
+    task = Recorded(model, Objective())
+    task.draws = draws
+    list(task.losses(None, torch.Generator().manual_seed(0), 2))
+    x0, noise = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert x0.tolist() == [0.0] * draws + [1.0] * draws
+    assert len(noise.flatten(1).unique(dim=0)) == 2 * draws
 
 
 def test_captions_become_labels_with_a_class_for_what_goes_unsaid(tmp_path: Path) -> None:
@@ -76,6 +111,7 @@ SMALL = {
     "model.caption_channels": 32,
     "train.max_steps": 2,
     "train.vae_steps": 2,
+    "train.decoder_steps": 1,
     "train.text_steps": 2,
     "train.batch_size": 2,
     "train.log_every": 1,
@@ -94,8 +130,8 @@ def test_from_nothing_to_a_model_that_samples(tmp_path: Path, small: Config) -> 
 
     run = tmp_path / "run"
     parts = [event.part for event in train(small, output=run) if isinstance(event, TrainProgress)]
-    assert parts == ["vae", "vae", "text", "text", "model", "model"]
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+    assert parts == ["vae", "vae", "decoder", "text", "text", "model", "model"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 7
     with pytest.raises(UsageError, match="holds a run already"):
         next(train(small, output=run))
 
@@ -108,7 +144,10 @@ def test_from_nothing_to_a_model_that_samples(tmp_path: Path, small: Config) -> 
 
     longer = with_settings(small, {"train.max_steps": 3})
     events = list(train(longer, output=run, resume=True))
-    assert isinstance(events[0], Resumed) and events[0].step == 2
+    assert [(event.part, event.step) for event in events if isinstance(event, Resumed)] == [
+        ("decoder", 1),
+        ("model", 2),
+    ]
     assert json.loads((run / "config.json").read_text())["train"]["max_steps"] == 3
 
 
