@@ -121,7 +121,7 @@ def _find_object(frames: Floats, sky: str) -> _Sighting | None:
     core = _largest(masks, density)
     # lossy codecs smear the colour over the edges, but keep the edges: the rim is where the background ends
     masks = _filled(_grown(_grown(core)) & (from_background > _STANDS_OUT))
-    seen = density.max(axis=(1, 2)) >= _MIN_DENSITY
+    seen = (density.max(axis=(1, 2)) >= _MIN_DENSITY) & masks.any(axis=(1, 2))
     if seen.mean() <= 0.5:
         return None
     return _Sighting(list(OBJECT)[winner], masks, seen)
@@ -173,7 +173,7 @@ def _grown(masks: Mask) -> Mask:
 
 def _largest(masks: Mask, density: NDArray[np.int64]) -> Mask:
     """The connected part of each frame's mask around the densest spot; a streak of rain does not cut it in two."""
-    density = density.reshape(len(masks), -1)
+    density = np.where(masks, density, -1).reshape(len(masks), -1)  # the middle of a ring is dense, but not of it
     part = np.zeros_like(masks)
     part.reshape(len(masks), -1)[np.arange(len(masks)), density.argmax(axis=1)] = True
     passable = _grown(masks)

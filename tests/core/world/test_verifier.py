@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from opensora_core.world import ATTRIBUTES, Scene, draw_scene, render, track, verify
-from opensora_core.world.palette import HALF_EXTENT, RADIUS
+from opensora_core.world.palette import HALF_EXTENT, OBJECT, RADIUS
 from opensora_core.world.renderer import _path, _weathered
 
 PLAIN = Scene("red", "ball", "small", "right", "day", "grass", "clear")
@@ -62,6 +62,18 @@ def test_nothing_is_seen_in_grey_or_noise() -> None:
         assert not {"color", "shape", "size", "motion"} & found.keys()
         assert found["weather"] == "clear"
         assert np.isnan(track(video)).all()
+
+
+def test_a_hollow_thing_is_followed_too() -> None:
+    video = _weathered("day", "grass", "clear", 0).copy()
+    for x in range(16):  # 32 red pixels in nine by nine, and none near their middle
+        ring = video[x, 40:49, 10 + x : 19 + x]
+        inner = ring[1:-1, 1:-1].copy()
+        ring[:] = OBJECT["red"]
+        ring[1:-1, 1:-1] = inner
+    found = verify(video)
+    assert (found["color"], found["sky"]) == ("red", "day")
+    assert np.diff(track(video)[:, 0]) == pytest.approx(1, abs=0.2)
 
 
 def test_a_lost_object_is_followed_across_the_gap() -> None:
