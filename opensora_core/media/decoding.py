@@ -101,11 +101,11 @@ def _by_time(
         if not passing_over:
             runs = [(0, runs[-1][1])]
         if timeline.kept is not None:
-            decoder = _Decoder(stream, threads, budget)
+            decoder = Decoder(stream, threads, budget)
             yield from _decode(timeline.kept, runs, timeline, wanted, decoder, passing_over=passing_over)
             return
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        packets, decoder = packets_from(container, stream, start), _Decoder(stream, threads, budget)
+        packets, decoder = packets_from(container, stream, start), Decoder(stream, threads, budget)
         yield from _decode(packets, runs, timeline, wanted, decoder, passing_over=passing_over)
 
 
@@ -125,7 +125,7 @@ def _decode(
     runs: Sequence[tuple[int, int]],
     timeline: Timeline,
     wanted: Mapping[int, int],
-    decoder: _Decoder,
+    decoder: Decoder,
     *,
     passing_over: bool,
 ) -> Iterator[Decoded]:
@@ -174,8 +174,8 @@ def _counting(indices: Sequence[int], window: Window, threads: int, budget: Budg
     """Decode everything from the top and count what comes out."""
     wanted, index = set(indices), 0
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        decoder = _Decoder(stream, threads, budget)
-        for time, frame in _counted(packets_from(container, stream, _TOP), decoder):
+        decoder = Decoder(stream, threads, budget)
+        for time, frame in counted(packets_from(container, stream, _TOP), decoder):
             if frame is None:
                 raise DamageError("its data is damaged")
             if window.start <= time < window.end:
@@ -187,7 +187,7 @@ def _counting(indices: Sequence[int], window: Window, threads: int, budget: Budg
     raise _no_such_frame(budget, indices[-1], index)
 
 
-def _counted(packets: Iterable[Packet[VideoStream]], decoder: _Decoder) -> Iterator[tuple[float, VideoFrame | None]]:
+def counted(packets: Iterable[Packet[VideoStream]], decoder: Decoder) -> Iterator[tuple[float, VideoFrame | None]]:
     """Frames and their seconds in the order of showing; None for damage, except before the first sound frame."""
     step = 1 / float(decoder.stream.average_rate or 25)
     time, begun = -step, False
@@ -263,7 +263,7 @@ def _survey_by_time(window: Window, budget: Budget, start: float) -> Survey:
     damaged: set[int] = set()
     size = (0, 0)
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
-        decoder = _Decoder(stream, 1, budget, only_count=True)
+        decoder = Decoder(stream, 1, budget, only_count=True)
         screen = Screen(budget.path, stream, None, budget.limits.max_pixels)
         for position, packet in enumerate(chain(islice(packets_from(container, stream, start), last + 1), [None])):
             if packet is not None and timeline.pts[position] < timeline.pts[0]:
@@ -296,8 +296,8 @@ def _survey_by_counting(window: Window, budget: Budget) -> Survey:
     size, damaged = (0, 0), False
     with opened(budget.path, budget.limits.max_pixels) as (container, stream):
         screen = Screen(budget.path, stream, None, budget.limits.max_pixels)
-        decoder = _Decoder(stream, 1, budget, only_count=True)
-        for time, frame in _counted(packets_from(container, stream, _TOP), decoder):
+        decoder = Decoder(stream, 1, budget, only_count=True)
+        for time, frame in counted(packets_from(container, stream, _TOP), decoder):
             if time >= window.end:
                 break
             if frame is None:
@@ -321,7 +321,7 @@ def _nothing(budget: Budget) -> InputError:
     return InputError(f"{budget.path} holds no frame that can be decoded, or none in the seconds asked for")
 
 
-class _Decoder:
+class Decoder:
     """The decoder of a stream, which says what went wrong."""
 
     def __init__(self, stream: VideoStream, threads: int, budget: Budget, only_count: bool = False) -> None:

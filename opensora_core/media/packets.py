@@ -134,7 +134,7 @@ def scan(
     codec = stream.codec_context.name
     _require_times(stream, codec)
     read_header = _HEADERS.get(codec, _unknown_header)
-    length_bytes = _length_bytes(codec, stream.codec_context.extradata)
+    length_bytes = prefix_bytes(codec, stream.codec_context.extradata)
     timeline = Timeline([], [], [], [], [], [])
     kept: list[Packet[VideoStream]] | None = timeline.kept
     kept_bytes, num_from_start, layered = 0, 0, False
@@ -183,7 +183,7 @@ def _require_times(stream: VideoStream, codec: str) -> None:
         raise UnreliableTimesError
 
 
-def _length_bytes(codec: str, extradata: bytes | None) -> int:
+def prefix_bytes(codec: str, extradata: bytes | None) -> int:
     """How many bytes say the length of a unit of a packet; 0 where start codes part them."""
     place = {"h264": 4, "hevc": 21}.get(codec, 0)
     if extradata and len(extradata) > place and extradata[0] == 1:
@@ -191,7 +191,7 @@ def _length_bytes(codec: str, extradata: bytes | None) -> int:
     return 0
 
 
-def _units(packet: Packet[VideoStream], length_bytes: int) -> Iterator[bytes]:
+def units_of(packet: Packet[VideoStream], length_bytes: int) -> Iterator[bytes]:
     """The first two bytes of each unit of an H.264 or HEVC packet."""
     data = bytes(packet)
     if length_bytes:
@@ -208,14 +208,14 @@ def _units(packet: Packet[VideoStream], length_bytes: int) -> Iterator[bytes]:
 
 
 def _h264_header(packet: Packet[VideoStream], length_bytes: int) -> tuple[bool, bool, int]:
-    slices = [unit[0] for unit in _units(packet, length_bytes) if unit]
+    slices = [unit[0] for unit in units_of(packet, length_bytes) if unit]
     # other units: access unit delimiter, supplemental information, filler. Parameter sets and extensions are needed
     droppable = all(byte & 31 in (1, 6, 9, 12) and (byte & 31 != 1 or not byte >> 5 & 3) for byte in slices)
     return False, droppable and any(byte & 31 == 1 for byte in slices), 0
 
 
 def _hevc_header(packet: Packet[VideoStream], length_bytes: int) -> tuple[bool, bool, int]:
-    units = [(unit[0] >> 1 & 63, (unit[1] & 7) - 1) for unit in _units(packet, length_bytes) if len(unit) == 2]
+    units = [(unit[0] >> 1 & 63, (unit[1] & 7) - 1) for unit in units_of(packet, length_bytes) if len(unit) == 2]
     slices = [kind for kind, _ in units if kind < 32]
     droppable = all(kind < 15 and not kind % 2 for kind in slices) and not any(32 <= kind <= 34 for kind, _ in units)
     return False, droppable and bool(slices), max((layer for _, layer in units), default=0)

@@ -21,7 +21,7 @@ from opensora_core.files import readable
 from opensora_core.media.pixels import Frames
 
 # a file may name other files or addresses (playlists, ffconcat): only containers that hold their own pictures are read
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe,mxf,nut,ivf,h264,hevc"
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
 
 

@@ -104,11 +104,12 @@ class Screen:
             raise InputError(
                 f"{self._path} has frames that are shown as {width} x {height}, more than max_pixels={self._max_pixels}"
             )
-        return (width, height) if self._place(frame)[0] else (height, width)
+        return (width, height) if self.place(frame)[0] else (height, width)
 
-    def _place(self, frame: VideoFrame) -> tuple[bool, bool, bool]:
+    def place(self, frame: VideoFrame) -> tuple[bool, bool, bool]:
+        """How a frame is to be turned: see `placement`."""
         if frame.rotation != self._rotation:
-            self._rotation, self._placement = frame.rotation, _placement(frame)
+            self._rotation, self._placement = frame.rotation, placement(frame)
         return self._placement
 
     def show(self, frame: VideoFrame) -> Frames:
@@ -118,7 +119,7 @@ class Screen:
         more is BT.709, a smaller one BT.601.
         """
         covered, (top, left, height, width) = covering(self.size(frame), self._wanted, self._path, self._max_pixels)
-        turned, mirrored, upside_down = self._place(frame)
+        turned, mirrored, upside_down = self.place(frame)
         rows, columns = covered[::-1] if turned else covered
         guess = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
         full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
@@ -144,7 +145,7 @@ class Screen:
         return pixels[top : top + height, left : left + width]
 
 
-def _placement(frame: VideoFrame) -> tuple[bool, bool, bool]:
+def placement(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """Whether rows become columns, and whether the result is then mirrored and turned upside down.
 
     Cameras write a matrix of 9 numbers, of which (x, y) -> (a x + c y, b x + d y) are the first two rows. Angles other

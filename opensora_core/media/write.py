@@ -20,11 +20,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from opensora_core.errors import InputError, nearest
 from opensora_core.files import replacing
+from opensora_core.media.encoding import REPEATABLE_X264
 from opensora_core.media.pixels import Frames, tile
 
-# crf 12 is visually lossless. x264's macroblock tree reads past the end of a row whose length is no multiple of 128
-# pixels, so that one video in ten comes out differently (measured; never without it): files grow, and are repeatable.
-_X264 = {"crf": "12", "preset": "medium", "x264-params": "mbtree=0"}
+_X264 = {"crf": "12", "preset": "medium", "x264-params": REPEATABLE_X264}  # visually lossless
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 _STRIP_COLUMNS = 8
 

@@ -220,13 +220,13 @@ def test_a_name_is_a_name(numbered, tmp_path, monkeypatch):
 
 def test_only_what_wanted_frames_need_is_decoded(numbered, monkeypatch):
     fed = []
-    feed = decoding._Decoder.feed
+    feed = decoding.Decoder.feed
 
     def count(self, packet):
         fed.append(packet)
         return feed(self, packet)
 
-    monkeypatch.setattr(decoding._Decoder, "feed", count)
+    monkeypatch.setattr(decoding.Decoder, "feed", count)
     for name, indices, most in [
         ("short_gop.mp4", [48], 2),  # a keyframe, and the end
         ("short_gop.mp4", [0, 48], 4),
