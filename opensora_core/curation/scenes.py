@@ -1,0 +1,192 @@
+"""From the boundaries of a source to the ranges of frames that become clips, with every other frame accounted for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from opensora_core.curation.boundaries import Boundary
+
+TOO_SHORT = "too short"
+TRANSITION = "in a transition"
+TRIMMED = "trimmed"
+
+_SLACK = 1e-6  # seconds; times of frames are sums of fractions
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Frames [start, end) of a source that become a clip, and the scores of what bounds them: 0 where nothing does."""
+
+    start: int
+    end: int
+    start_score: float = 0.0
+    end_score: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Frames [start, end) of a source that become no clip, and why."""
+
+    start: int
+    end: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    start: int
+    end: int
+    start_score: float
+    end_score: float
+
+
+def last_end(seconds: NDArray[np.float64], fps: float) -> float:
+    """When the last frame is shown no more: it is taken to last as long as the median one.
+
+    Args:
+        seconds: (N,) times of the frames, ascending; at least one.
+        fps: of the source, for a single frame.
+    """
+    lasts = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
+    return float(seconds[-1]) + (lasts if lasts > 0 else 1 / fps if fps > 0 else 0.04)
+
+
+def choose_ranges(
+    boundaries: Sequence[Boundary],
+    seconds: NDArray[np.float64],
+    end_seconds: float,
+    *,
+    min_seconds: float,
+    max_seconds: float,
+    trim: int = 0,
+    keyframes: NDArray[np.bool_] | None = None,
+) -> tuple[list[Range], list[Gap]]:
+    """Choose the ranges that become clips.
+
+    A scene lies between two transitions, whose own frames are dropped. One that is longer than `max_seconds` becomes
+    consecutive clips of even length, so that none of it is lost. Every frame is in one range or one gap.
+
+    Args:
+        boundaries: in order.
+        seconds: (N,) times of the frames, ascending.
+        end_seconds: when the last frame ends.
+        min_seconds: of a clip.
+        max_seconds: of a clip; `math.inf` leaves scenes whole. A single frame may be shown for longer.
+        trim: frames that are dropped on both sides of a boundary.
+        keyframes: (N,); where given, long scenes are parted at keyframes as far as the two lengths allow.
+
+    Returns:
+        Ranges and gaps, each in order.
+    """
+    times = np.append(seconds, end_seconds)
+    ranges: list[Range] = []
+    gaps: list[Gap] = []
+    for scene in _scenes(boundaries, len(seconds), gaps):
+        start = min(scene.start + trim, scene.end) if scene.start else 0
+        end = max(scene.end - trim, start) if scene.end < len(seconds) else scene.end
+        gaps += [Gap(*part, TRIMMED) for part in ((scene.start, start), (end, scene.end)) if part[0] < part[1]]
+        if start == end:
+            continue
+        if times[end] - times[start] < min_seconds - _SLACK:
+            gaps.append(Gap(start, end, TOO_SHORT))
+            continue
+        shares = _shares(times, (start, end), (min_seconds, max_seconds), keyframes)
+        for first, last in pairwise(shares):
+            if times[last] - times[first] < min_seconds - _SLACK:
+                gaps.append(Gap(first, last, TOO_SHORT))
+                continue
+            start_score = scene.start_score if first == start else 0.0
+            ranges.append(Range(first, last, start_score, scene.end_score if last == end else 0.0))
+    return ranges, sorted(gaps, key=lambda gap: gap.start)
+
+
+def _scenes(boundaries: Sequence[Boundary], num_frames: int, gaps: list[Gap]) -> Iterator[_Scene]:
+    """What lies between transitions; their own spans become gaps. Spans that overlap are one."""
+    start, score = 0, 0.0
+    for boundary in sorted(boundaries, key=lambda item: (item.start_frame, item.end_frame)):
+        first = min(max(boundary.start_frame, start), num_frames)
+        last = min(max(boundary.end_frame, first), num_frames)
+        if first > start:
+            yield _Scene(start, first, score, float(boundary.score))
+        if last > first:
+            gaps.append(Gap(first, last, TRANSITION))
+        start, score = last, float(boundary.score)
+    if start < num_frames:
+        yield _Scene(start, num_frames, score, 0.0)
+
+
+def _shares(
+    times: NDArray[np.float64],
+    span: tuple[int, int],
+    lengths: tuple[float, float],
+    keyframes: NDArray[np.bool_] | None,
+) -> list[int]:
+    """Where the shares of a scene begin, and its end."""
+    (start, end), (min_seconds, max_seconds) = span, lengths
+    length = float(times[end] - times[start])
+    if length <= max_seconds + _SLACK:
+        return [start, end]
+    fewest = math.ceil((length - _SLACK) / max_seconds)
+    if length / fewest < min_seconds - _SLACK:
+        # even shares would all be too short, so all but the rest are as long as they may be
+        return _longest(times, start, end, max_seconds)
+    most = min(end - start, 2 * fewest)
+    shares = [start, end]
+    for count in range(min(fewest, most), most + 1):  # frames do not divide evenly, so one share more may be needed
+        shares = _even(times, start, end, count)
+        longest = max(times[last] - times[first] for first, last in pairwise(shares))
+        if longest <= max_seconds + _SLACK:
+            break
+    if keyframes is not None:
+        return _at_keyframes(times, shares, lengths, keyframes)
+    return shares
+
+
+def _even(times: NDArray[np.float64], start: int, end: int, count: int) -> list[int]:
+    """Parts as equal as frames allow, each of one frame or more."""
+    marks = np.linspace(times[start], times[end], count + 1)[1:-1]
+    cuts = [start]
+    for number, mark in enumerate(marks, 1):
+        after = int(np.searchsorted(times, mark))
+        nearest = after if times[after] - mark <= mark - times[after - 1] else after - 1
+        cuts.append(min(max(nearest, cuts[-1] + 1), end - (count - number)))
+    return [*cuts, end]
+
+
+def _longest(times: NDArray[np.float64], start: int, end: int, max_seconds: float) -> list[int]:
+    cuts = [start]
+    while times[end] - times[cuts[-1]] > max_seconds + _SLACK:
+        after = int(np.searchsorted(times, times[cuts[-1]] + max_seconds + _SLACK, "right")) - 1
+        cuts.append(min(max(after, cuts[-1] + 1), end))
+    return [*cuts, end] if cuts[-1] < end else cuts
+
+
+def _at_keyframes(
+    times: NDArray[np.float64],
+    shares: list[int],
+    lengths: tuple[float, float],
+    keyframes: NDArray[np.bool_],
+) -> list[int]:
+    """The same number of shares, parted at the keyframes that are nearest to where they were."""
+    min_seconds, max_seconds = lengths
+    moved, end = [shares[0]], shares[-1]
+    for number in range(1, len(shares) - 1):
+        left = len(shares) - 1 - number
+        # the target is judged anew, for an earlier cut has moved
+        mark = times[moved[-1]] + (times[end] - times[moved[-1]]) / (left + 1)
+        around = np.flatnonzero(keyframes[moved[-1] + 1 : end]) + moved[-1] + 1
+        own, rest = times[around] - times[moved[-1]], times[end] - times[around]
+        fits = (own >= min_seconds) & (own <= max_seconds) & (rest >= left * min_seconds) & (rest <= left * max_seconds)
+        if not fits.any():
+            return shares
+        around = around[fits]
+        moved.append(int(around[np.abs(times[around] - mark).argmin()]))
+    return [*moved, end]
