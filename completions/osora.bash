@@ -26,6 +26,24 @@ _osora() {
         "sample --format") COMPREPLY=($(compgen -W 'mp4 gif webp png' -- "$current")); compopt +o default; return ;;
         "sample --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "sample --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
+        "split --detector") COMPREPLY=($(compgen -W 'auto content adaptive threshold histogram hash' -- "$current")); compopt +o default; return ;;
+        "split --threshold") compopt +o default; return ;;
+        "split --boundaries") return ;;
+        "split --min-seconds") compopt +o default; return ;;
+        "split --max-seconds") compopt +o default; return ;;
+        "split --trim") compopt +o default; return ;;
+        "split --fps") compopt +o default; return ;;
+        "split --short-side") compopt +o default; return ;;
+        "split --cut") COMPREPLY=($(compgen -W 'exact copy smart none' -- "$current")); compopt +o default; return ;;
+        "split --codec") COMPREPLY=($(compgen -W 'libx264 libx265 h264_nvenc hevc_nvenc h264_videotoolbox auto' -- "$current")); compopt +o default; return ;;
+        "split --codec-preset") COMPREPLY=($(compgen -W 'ultrafast veryfast faster fast medium slow' -- "$current")); compopt +o default; return ;;
+        "split --crf") compopt +o default; return ;;
+        "split --config") return ;;
+        "split --set") compopt +o default; return ;;
+        "split --output"|"split -o") return ;;
+        "split --stats") return ;;
+        "split --workers") compopt +o default; return ;;
+        "split --shard") compopt +o default; return ;;
         "train --data") COMPREPLY=($(compgen -W 'world' -- "$current")); compopt +o default; return ;;
         "train --cache") return ;;
         "train --max-rejects") compopt +o default; return ;;
@@ -60,10 +78,11 @@ _osora() {
         "bench --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
     esac
     case "$verb" in
-        '') words='sample train bench --version --help' ;;
+        '') words='sample split train bench --version --help' ;;
         'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
+        'split') words='--detector --threshold --fast --boundaries --min-seconds --max-seconds --trim --fps --short-side --crop-black-bars --no-audio --audio --cut --codec --codec-preset --crf --fast-decode --config --set --output --redo --preview --stats --workers --shard --dry-run --print-config --json --debug --help' ;;
         'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --print-config --json --debug --help' ;;
-        'bench') words='world train data --model --preset --quick --prompts --seeds --data --output --config --set --device --dtype --json --debug --help' ;;
+        'bench') words='world train data split --model --preset --quick --prompts --seeds --data --output --config --set --device --dtype --json --debug --help' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

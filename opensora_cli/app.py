@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_cli import bench, options, sample, train
+from opensora_cli import bench, options, sample, split, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -57,6 +57,7 @@ def _root(
 
 
 app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+app.command("split", epilog=split.EXAMPLES)(split.split)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
@@ -80,7 +81,7 @@ def run(words: Sequence[str]) -> int:
         console.fail(error.message, error.hint, error.exit_code)
         return error.exit_code
     except typer.TyperException as error:
-        if not error.message:  # `osora` alone: its help has been shown
+        if not words:  # `osora` alone: its help has been shown
             return error.exit_code
         verb = next((word for word in words if not word.startswith("-")), "")
         known = {command.name for command in app.registered_commands}

@@ -17,11 +17,12 @@ SUITE_NAMES = {
     "world": "how well the model that ships follows its prompts",
     "train": "how fast a preset trains, and where its time and memory go",
     "data": "how fast training reads clips, against reading whole files",
+    "split": "how well and how fast shots are found, against PySceneDetect",
 }
-OWNERS = {"prompts": "world", "seeds": "world", "data": "data"}
-"""Flags that are of one suite alone."""
+OWNERS = {"prompts": ("world",), "seeds": ("world",), "data": ("data", "split")}
+"""Flags, and the suites that they are of."""
 
-ONE_SUITE = "Of one suite"
+SOME_SUITES = "Of some suites"
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -33,6 +34,8 @@ EXAMPLES = """
 [cyan]osora bench train --preset 16x256x256 --set train.recompute=1[/]
 
 [cyan]osora bench data --data clips/ --quick[/]
+
+[cyan]osora bench split --quick[/]
 """
 
 
@@ -60,7 +63,7 @@ def bench(
             min=1,
             help="world: prompts per split.",
             show_default="240, or 24 with --quick",
-            rich_help_panel=ONE_SUITE,
+            rich_help_panel=SOME_SUITES,
         ),
     ] = None,
     seeds: Annotated[
@@ -70,7 +73,7 @@ def bench(
             min=1,
             help="world: samples per prompt.",
             show_default="2, or 1 with --quick",
-            rich_help_panel=ONE_SUITE,
+            rich_help_panel=SOME_SUITES,
         ),
     ] = None,
     data: Annotated[
@@ -78,9 +81,9 @@ def bench(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="data: a manifest or a folder of clips.",
-            show_default="clips that it makes",
-            rich_help_panel=ONE_SUITE,
+            help="data: a manifest or a folder of clips. split: a folder of videos with their labels.json.",
+            show_default="what it makes",
+            rich_help_panel=SOME_SUITES,
         ),
     ] = None,
     output: Annotated[
@@ -99,10 +102,10 @@ def bench(
         raise UsageError(f"unknown suite '{suite}'", nearest(suite, SUITE_NAMES))
     given = {name: value for name, value in (("prompts", prompts), ("seeds", seeds), ("data", data)) if value}
     for name, value in given.items():
-        if suite != OWNERS[name]:
+        if suite not in OWNERS[name]:
             raise UsageError(
                 f"--{name} {value} says nothing to 'osora bench {suite}'",
-                f"leave it out, or: osora bench {OWNERS[name]} --{name} {value}",
+                f"leave it out, or: osora bench {OWNERS[name][0]} --{name} {value}",
             )
     own = {"source" if name == "data" else name: value for name, value in given.items()}
     start, saved = options.base(preset, model)

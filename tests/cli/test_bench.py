@@ -20,9 +20,10 @@ from opensora_core.config import Config
 
 def test_names_kept_here_are_those_of_the_core() -> None:
     from opensora_core import bench, diffusion
+    from opensora_core.bench.machine import SETTINGS
 
     assert set(SAMPLERS) == diffusion.SAMPLERS.keys()
-    assert SUITE_NAMES.keys() == bench.SUITES.keys()
+    assert SUITE_NAMES.keys() == bench.SUITES.keys() == SETTINGS.keys()
 
 
 @dataclass(frozen=True)
