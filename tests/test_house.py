@@ -95,8 +95,9 @@ def test_documents_show_commands_that_exist() -> None:
     assert any(words[:1] == ["sample"] for _, words in shown), "the README shows how to sample"
 
 
-def test_documented_numbers_are_measured_ones() -> None:
-    report = json.loads((ROOT / "docs" / "benchmarks" / "world.json").read_text())
+@pytest.mark.parametrize("suite", ["world", "split"])
+def test_documented_numbers_are_measured_ones(suite: str) -> None:
+    report = json.loads((ROOT / "docs" / "benchmarks" / f"{suite}.json").read_text())
     measured = {(item["case"], item["metric"]): item["value"] for item in report["measurements"]}
     rows = re.findall(
         r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+)", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE

@@ -33,7 +33,14 @@ SETTINGS: dict[str, dict[str, str]] = {
         for path in (
             *_SHAPE,
             *("model.family", "model.hidden_size", "model.depth", "model.patch_size", "model.attention"),
-            *("train.batch_size", "train.accumulate", "train.optimizer", "train.recompute", "train.trainable"),
+            *(
+                "train.batch_size",
+                "train.draws",
+                "train.accumulate",
+                "train.optimizer",
+                "train.recompute",
+                "train.trainable",
+            ),
             *("train.lora_rank", "train.num_workers", "runtime.dtype", "runtime.compile"),
         )
     },
@@ -45,6 +52,7 @@ SETTINGS: dict[str, dict[str, str]] = {
             *("data.decode_threads", "train.seed"),
         )
     },
+    "split": {},
 }
 """Per suite, the settings that its numbers depend on: what a report calls each, and its path."""
 

@@ -186,7 +186,7 @@ def _estimate(config: Config) -> MemoryEstimate:
         model,
         config.train,
         latent_shape=_latent_shape(config),
-        batch_size=-(-config.train.batch_size // config.train.accumulate),
+        batch_size=-(-config.train.batch_size * config.train.draws // config.train.accumulate),
         dtype=components.resolve_dtype(config.runtime.dtype, device),
     )
 
@@ -246,8 +246,7 @@ class GivenTask(DenoiserTask):
         generator = torch.Generator().manual_seed(0)
         self.latents = torch.randn(len(condition), *latent_shape, generator=generator).to(device)
         self.condition = condition.to(device)
-        tokens, flops = tokens_and_flops(model, latent_shape)
-        self.of_step = Facts((), len(condition) * tokens, len(condition) * flops)
+        self.tokens, self.flops = tokens_and_flops(model, latent_shape)
 
     def batch(self, step: int) -> int:
         """Nothing to make."""
@@ -259,7 +258,8 @@ class GivenTask(DenoiserTask):
 
     def facts(self, batch: int) -> Facts:
         """What the report says of a batch."""
-        return self.of_step
+        seen = len(self.condition) * self.draws
+        return Facts((), seen * self.tokens, seen * self.flops)
 
 
 def _given_task(config: Config) -> GivenTask:
@@ -315,8 +315,10 @@ def _world_task(config: Config) -> WorldTask:
 def _fit(config: Config, task: Callable[[], DenoiserTask], folder: Path) -> Iterator[training.Event]:
     device = components.resolve_device(config.runtime.device)
     dtype = components.resolve_dtype(config.runtime.dtype, device)
+    made = task()
+    made.draws = config.train.draws
     yield from fit(
-        task(),
+        made,
         config.train,
         folder,
         num_workers=config.train.num_workers,
@@ -415,6 +417,7 @@ def peak_activations(task: DenoiserTask, config: Config) -> int:
         if parameter.requires_grad:  # there already, so that they do not come while activations go
             parameter.grad = torch.zeros_like(parameter)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.train.seed)
+    task.draws = config.train.draws
     batch = task.batch(0)
     alive = machine.Alive()
     with alive:
