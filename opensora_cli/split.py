@@ -13,7 +13,7 @@ from rich.progress import TaskID
 from opensora_cli import options
 from opensora_cli.console import RENDERERS, Console, console, duration, printable
 from opensora_cli.options import OUTPUT, RUNTIME
-from opensora_core.config import Config, SplitConfig
+from opensora_core.config import SplitConfig
 from opensora_core.errors import InputError, UsageError
 
 FINDING = "Where to cut"
@@ -25,7 +25,12 @@ DETECTORS = ("auto", "content", "adaptive", "threshold", "histogram", "hash")
 
 _DEFAULTS = SplitConfig()
 _NAME_WIDTH = 32  # of a source beside its bar
-_ENCODED = {"fps": "split.fps", "short-side": "split.short_side", "crop-black-bars": "split.crop_black_bars"}
+_WAYS = {
+    **dict.fromkeys(("fps", "short-side", "crop-black-bars"), ("exact",)),
+    **dict.fromkeys(("codec", "codec-preset", "crf", "fast-decode"), ("exact", "smart")),
+    "audio": ("exact", "smart", "copy"),
+}
+"""Flags, and the ways to cut that they say something to."""
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -269,7 +274,7 @@ def split(
     if print_config:
         options.print_config(settings, origins)
         return
-    _require_use(settings, {name: flags[path] for name, path in _ENCODED.items()})
+    _require_use(settings.split.cut, {name: flags[f"split.{name.replace('-', '_')}"] for name in _WAYS})
     if not inputs:
         raise UsageError("there is nothing to split", "osora split videos/, or - for a list on stdin")
     words = [word for word in inputs if word != "-"]
@@ -290,13 +295,12 @@ def split(
     console.follow(curation.examine(settings.split, request) if dry_run else curation.split(settings.split, request))
 
 
-def _require_use(settings: Config, given: dict[str, Any]) -> None:
-    """Refuse flags that would do nothing where frames are not encoded."""
+def _require_use(cut: str, given: dict[str, Any]) -> None:
+    """Refuse flags that would do nothing."""
     for name, value in given.items():
-        if value and settings.split.cut != "exact":
+        if value is not None and value != 0 and cut not in _WAYS[name]:
             raise UsageError(
-                f"--{name} encodes every frame, which --cut {settings.split.cut} does not",
-                "--cut exact, or leave it out",
+                f"--{name} says nothing to --cut {cut}", f"--cut {' or '.join(_WAYS[name])}, or leave --{name} out"
             )
 
 

@@ -129,8 +129,10 @@ def test_names_on_stdin_may_be_any_bytes(core: Recorder, monkeypatch: pytest.Mon
     [
         (["videos", "--shard", "4"], "is not I/N"),
         (["videos", "--shard", "a/b"], "is not I/N"),
-        (["videos", "--cut", "copy", "--short-side", "256"], "encodes every frame, which --cut copy does not"),
-        (["videos", "--cut", "none", "--crop-black-bars"], "encodes every frame, which --cut none does not"),
+        (["videos", "--cut", "copy", "--short-side", "256"], "--short-side says nothing to --cut copy"),
+        (["videos", "--cut", "none", "--crop-black-bars"], "--crop-black-bars says nothing to --cut none"),
+        (["videos", "--cut", "copy", "--crf", "20"], "--crf says nothing to --cut copy"),
+        (["videos", "--cut", "none", "--audio"], "--audio says nothing to --cut none"),
         (["videos", "--cut", "all"], "all"),
         ([], "nothing to split"),
     ],
