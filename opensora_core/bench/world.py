@@ -2,7 +2,8 @@
 
 Everything goes the way of a user: `sample` writes files, as shipped, and the files are read. The verifier never sees
 the prompt. Prompts are the canonical captions of freshly drawn scenes, which say every attribute; the scenes of the
-split `held-out` have a pair of values that no training clip has.
+split `held-out` have a pair of values that no training clip has. Two more cases ask what fewer steps cost, and what
+becomes of prompts in free words: other words and orders, two sentences, capitals, slips of the finger.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from opensora_core.training.world import to_tensor
 SPLITS: tuple[Literal["seen", "held-out"], ...] = ("seen", "held-out")
 PROMPTS, SEEDS = 240, 2
 QUICK_PROMPTS = 24
+FEW_STEPS, FEW_STEPS_SAMPLER = 6, "unipc"
 TOGETHER = ("color", "shape", "motion")
 _LINEAR = ("left", "right", "up", "down")
 _JUMP_LIMIT = 2.5  # of the median step between frames, beyond which an object counts as having jumped
@@ -37,7 +39,7 @@ Frames = NDArray[np.uint8]
 
 
 def measure(config: Config, *, quick: bool = False, prompts: int = PROMPTS, seeds: int = SEEDS) -> Iterator[Event]:
-    """Measure the autoencoder alone, then prompt-following and steadiness per split, then cost.
+    """Measure the autoencoder alone, prompt-following and steadiness per split, fewer steps, free words, and cost.
 
     Args:
         config: the settings of the model, as for `sample`.
@@ -51,25 +53,48 @@ def measure(config: Config, *, quick: bool = False, prompts: int = PROMPTS, seed
     if quick:
         prompts, seeds = min(prompts, QUICK_PROMPTS), 1
     yield from _measure_vae(config, num_clips=max(prompts // 4, 8))
-    seconds: list[float] = []
+    begin, count = time.monotonic(), 0
     for split in SPLITS:
         rng = np.random.default_rng([config.sampling.seed, len(split)])
-        scenes = {world.canonical_caption(scene): scene for scene in _distinct(rng, split, prompts)}
-        results: list[tuple[world.Scene, Frames]] = []
-        with tempfile.TemporaryDirectory() as folder:
-            run = with_settings(config, {"sampling.num_samples": seeds})
-            plan = sampling.plan(run, list(scenes), Path(folder), "mp4")
-            begin = time.monotonic()
-            for event in sampling.sample(run, plan):
-                if isinstance(event, sampling.Progress):
-                    yield event
-                elif isinstance(event, sampling.Saved):
-                    results.append((scenes[event.prompt], read_video(event.path).frames))
-            seconds.append((time.monotonic() - begin) / len(results))
+        scenes = _distinct(rng, split, prompts)
+        results = yield from _sample(config, {world.canonical_caption(scene): scene for scene in scenes}, seeds)
+        count += len(results)
         yield from _measure_split(split, results)
-    yield Measurement("cost", "seconds per sample, loading included", float(np.mean(seconds)), "s", 2 * prompts * seeds)
+    seconds = (time.monotonic() - begin) / count
+    rng = np.random.default_rng([config.sampling.seed, 0])
+    scenes = _distinct(rng, "seen", prompts)
+    few = with_settings(config, {"sampling.steps": FEW_STEPS, "sampling.sampler": FEW_STEPS_SAMPLER})
+    if config.diffusion.objective == "rectified-flow":
+        results = yield from _sample(few, {world.canonical_caption(scene): scene for scene in scenes}, 1)
+        yield from _measure_attributes(f"seen, {FEW_STEPS} steps of {FEW_STEPS_SAMPLER}", results)
+    results = yield from _sample(config, {world.caption(scene, rng): scene for scene in scenes}, 1)
+    yield from _measure_attributes("seen, in free words", results)
+    yield Measurement("cost", "seconds per sample, loading included", seconds, "s", count)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     yield Measurement("cost", "peak resident memory", kilobytes / 2**20, "GiB", 1)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A sample: what it should show, the attributes that its prompt says, and its frames."""
+
+    scene: world.Scene
+    said: frozenset[str]
+    frames: Frames
+
+
+def _sample(config: Config, prompts: dict[str, world.Scene], seeds: int) -> Generator[Event, None, list[_Result]]:
+    """Sample each prompt as a user would, and read the files back."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = with_settings(config, {"sampling.num_samples": seeds})
+        for event in sampling.sample(run, sampling.plan(run, list(prompts), Path(folder), "mp4")):
+            if isinstance(event, sampling.Progress):
+                yield event
+            elif isinstance(event, sampling.Saved):
+                said = frozenset(world.parse(event.prompt))
+                results.append(_Result(prompts[event.prompt], said, read_video(event.path).frames))
+    return results
 
 
 def _distinct(rng: np.random.Generator, split: Literal["seen", "held-out"], count: int) -> list[world.Scene]:
@@ -99,21 +124,32 @@ def _measure_vae(config: Config, num_clips: int) -> Iterator[Measurement]:
         yield Measurement("autoencoder", name, _share(right[name] for right in read), "share", num_clips)
 
 
-def _measure_split(split: str, results: list[tuple[world.Scene, Frames]]) -> Iterator[Measurement]:
-    read = [_right(scene, frames) for scene, frames in results]
-    count = len(results)
+def _measure_attributes(case: str, results: list[_Result]) -> Iterator[Measurement]:
+    """How many samples show what their prompt says; what it leaves open does not count."""
+    read = [_right(result.scene, result.frames) for result in results]
     for name in world.ATTRIBUTES:
-        yield Measurement(split, name, _share(right[name] for right in read), "share", count)
-    together = _share(all(right[name] for name in TOGETHER) for right in read)
-    yield Measurement(split, "color, shape and motion together", together, "share", count)
-    yield Measurement(split, "everything", _share(all(right.values()) for right in read), "share", count)
-    tracks = [world.track(frames) for _, frames in results]
-    smooth = [_is_smooth(track) for (scene, _), track in zip(results, tracks, strict=True) if scene.motion in _LINEAR]
+        shown = [right[name] for right, result in zip(read, results, strict=True) if name in result.said]
+        yield Measurement(case, name, _share(shown), "share", len(shown))
+    for metric, names in (("color, shape and motion together", TOGETHER), ("everything", tuple(world.ATTRIBUTES))):
+        shown = [
+            all(right[name] for name in names if name in result.said)
+            for right, result in zip(read, results, strict=True)
+        ]
+        yield Measurement(case, metric, _share(shown), "share", len(shown))
+
+
+def _measure_split(split: str, results: list[_Result]) -> Iterator[Measurement]:
+    yield from _measure_attributes(split, results)
+    tracks = [world.track(result.frames) for result in results]
+    pairs = list(zip(results, tracks, strict=True))
+    smooth = [_is_smooth(track) for result, track in pairs if result.scene.motion in _LINEAR]
     yield Measurement(split, f"no jump beyond {_JUMP_LIMIT} x the median step", _share(smooth), "share", len(smooth))
     still = [
         change
-        for (scene, frames), track in zip(results, tracks, strict=True)
-        if scene.weather == "clear" and scene.ground != "sea" and (change := _flicker(frames, track)) is not None
+        for result, track in pairs
+        if result.scene.weather == "clear"
+        and result.scene.ground != "sea"
+        and (change := _flicker(result.frames, track)) is not None
     ]
     if still:
         yield Measurement(split, "flicker of a still background", float(np.mean(still)), "levels of 255", len(still))

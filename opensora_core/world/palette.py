@@ -21,7 +21,7 @@ HORIZON = 38
 FLOOR = 57.0
 """The row on which the object stands when it stands."""
 
-RADIUS: dict[str, float] = {"small": 7.0, "large": 11.0}
+RADIUS: dict[str, float] = {"small": 8.0, "large": 13.0}
 
 HALF_EXTENT: dict[str, tuple[float, float]] = {"ball": (1.0, 1.0), "cube": (0.92, 0.92), "pyramid": (1.12, 1.0)}
 """Half the width and half the height of a shape, in radii."""

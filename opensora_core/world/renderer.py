@@ -1,7 +1,7 @@
 """Paint a scene: sixteen frames of 64x64, the same for everyone, in two to four milliseconds.
 
 A small model must learn this world from some hundred thousand clips, so there is little chance in it: each sky and
-ground is one picture, rain and snow are loops of sixteen frames that start in one of four places, and only where the
+ground is one picture, rain and snow are loops of sixteen frames that start in one of two places, and only where the
 object is and how fast it goes are drawn afresh.
 """
 
@@ -33,7 +33,7 @@ from opensora_core.world.palette import (
 
 Video = NDArray[np.uint8]
 
-_NUM_PHASES = 4
+_NUM_PHASES = 2
 _TILE = 32
 """Rain and snow repeat after this many pixels both ways, so that a fall of 8 px a frame comes round in 16 frames."""
 
@@ -87,7 +87,7 @@ def _path(scene: Scene, half_width: float, half_height: float, rng: Generator) -
     progress = time / (NUM_FRAMES - 1)
     near, far = half_width + 1.5, SIZE - 2.5 - half_width
     ground = FLOOR - half_height
-    travel = rng.uniform(22.0, 30.0)
+    travel = rng.uniform(24.0, 28.0)
     x, y = np.full(NUM_FRAMES, rng.uniform(near, far)), np.full(NUM_FRAMES, ground)
     if scene.motion in ("left", "right"):
         start = rng.uniform(near, far - travel)
@@ -98,7 +98,7 @@ def _path(scene: Scene, half_width: float, half_height: float, rng: Generator) -
         y = ground - travel * (1 - progress)
     elif scene.motion == "bouncing":
         flight = (time / 6.0 + rng.uniform()) % 1.0  # a hop takes six frames
-        y = ground - rng.uniform(15.0, 19.0) * 4 * flight * (1 - flight)
+        y = ground - rng.uniform(16.0, 18.0) * 4 * flight * (1 - flight)
     return x.astype(np.float32), y.astype(np.float32)
 
 

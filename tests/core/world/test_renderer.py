@@ -67,7 +67,7 @@ def test_the_object_stays_inside_and_moves_as_it_should(motion: str, shape: str,
 
 def test_what_is_random_is_little() -> None:
     # Away from the object there are as many pictures as phases of the weather, and one when nothing falls.
-    for weather, most in (("clear", 1), ("rain", 4), ("snow", 4)):
+    for weather, most in (("clear", 1), ("rain", 2), ("snow", 2)):
         scene = replace(PLAIN, weather=weather)  # type: ignore[arg-type]
         corners = {render(scene, np.random.default_rng(seed))[:, :30].tobytes() for seed in range(24)}
         assert len(corners) == most
