@@ -66,7 +66,7 @@ class Console:
         self.debug = debug
         self._out = self._screen(stderr=False)
         self._err = self._screen(stderr=True)
-        self._progress: Progress | None = None
+        self.progress: Progress | None = None
         self._saved: list[Any] = []
         self._pages: list[tuple[str, Path]] = []
 
@@ -87,7 +87,7 @@ class Console:
         finally:
             if isinstance(events, Generator):
                 events.close()
-            self._stop_progress()
+            self.stop_progress()
 
     def show(self, event: Any) -> None:
         """Show one event."""
@@ -124,49 +124,50 @@ class Console:
         if self.as_json:
             self.line("notice", {"message": message})
         else:
-            self._above("note: ", message, "yellow")
+            self.above("note: ", message, "yellow")
 
     def fail(self, message: str, hint: str = "", exit_code: int = 1) -> None:
         """Say why the command ends, and what to do next."""
-        self._stop_progress()
+        self.stop_progress()
         if self.as_json:
             self.line("error", {"message": message, "hint": hint, "exit_code": exit_code})
         else:
-            self._above("error: ", message, "bold red")
+            self.above("error: ", message, "bold red")
             if hint:
-                self._above(" hint: ", hint, "green")
+                self.above(" hint: ", hint, "green")
         if self.debug and sys.exc_info()[0] is not None:
             traceback.print_exc()
 
     # how events look ---------------------------------------------------------------------------------------------
 
-    def _above(self, label: str, message: str, style: str) -> None:
+    def above(self, label: str, message: str, style: str) -> None:
         """Print a labelled line on stderr, above the progress line if there is one."""
         body = "\n".join(printable(line) for line in message.splitlines())
-        screen = self._progress.console if self._progress else self._err
+        screen = self.progress.console if self.progress else self._err
         screen.print(Text.assemble((label, style), body), soft_wrap=True)
 
-    def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def stop_progress(self) -> None:
+        """Take the progress line away, if there is one."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
-    def _draw(self, label: str, step: int = 0, total: int | None = None, seconds_left: float | None = None) -> None:
+    def draw(self, label: str, step: int = 0, total: int | None = None, seconds_left: float | None = None) -> None:
         """Move the progress line; off a terminal it would be noise, so nothing is drawn there."""
         if not self._err.is_terminal:
             return
-        if self._progress is None:
+        if self.progress is None:
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
             counts = TextColumn("{task.fields[count]}", style="cyan", markup=False)
-            self._progress = Progress(*columns, counts, console=self._err, transient=True)
-            self._progress.add_task("", total=None, count="")
-            self._progress.start()
+            self.progress = Progress(*columns, counts, console=self._err, transient=True)
+            self.progress.add_task("", total=None, count="")
+            self.progress.start()
         label = printable(label)
         room = max(self._err.width - 48, 16)  # columns that the bar and the counts leave
         label = label if len(label) <= room else f"{label[: room - 1]}…"
         left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
         count = "" if total is None else f"{step}/{total}{left}"
-        self._progress.update(TaskID(0), description=label, completed=step, total=total, count=count)
+        self.progress.update(TaskID(0), description=label, completed=step, total=total, count=count)
 
     def _show_notice(self, event: Any) -> None:
         self.notice(event.message)
@@ -188,16 +189,16 @@ class Console:
         self.table("files it would write", ("file", "seed", "prompt"), requests)
 
     def _show_loading(self, event: Any) -> None:
-        self._draw(f"loading {event.part} {event.detail}".rstrip())
+        self.draw(f"loading {event.part} {event.detail}".rstrip())
 
     def _show_progress(self, event: Any) -> None:
-        self._draw(event.prompt, event.step, event.total, event.seconds_left)
+        self.draw(event.prompt, event.step, event.total, event.seconds_left)
 
     def _show_saved(self, event: Any) -> None:
         self._saved.append(event)
 
     def _show_working(self, event: Any) -> None:
-        self._draw(event.task, event.step, event.total, event.seconds_left)
+        self.draw(event.task, event.step, event.total, event.seconds_left)
 
     def _show_train_progress(self, event: Any) -> None:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
@@ -211,34 +212,34 @@ class Console:
             readable(event.peak_bytes),
             f"{duration(event.seconds_left)} left",
         ]
-        self._above(f"{event.part} {event.step}/{event.total}  ", "  ".join(facts), "cyan")
-        self._draw(f"training {event.part}", event.step, event.total, event.seconds_left)
+        self.above(f"{event.part} {event.step}/{event.total}  ", "  ".join(facts), "cyan")
+        self.draw(f"training {event.part}", event.step, event.total, event.seconds_left)
 
     def _show_checkpoint_saved(self, event: Any) -> None:
-        self._above("checkpoint: ", str(event.path), "cyan")
+        self.above("checkpoint: ", str(event.path), "cyan")
 
     def _show_rejected(self, event: Any) -> None:
-        self._above("left out: ", f"{event.clip}: {event.reason} ({event.share:.1%} so far)", "yellow")
+        self.above("left out: ", f"{event.clip}: {event.reason} ({event.share:.1%} so far)", "yellow")
 
     def _show_validated(self, event: Any) -> None:
         bins = " ".join(f"{value:.3f}" for value in event.ema_bins)
         words = f"loss {event.loss:.4f}, averaged weights {event.ema_loss:.4f}; by timestep {bins}"
-        self._above(f"validation {event.step}: ", words, "green")
+        self.above(f"validation {event.step}: ", words, "green")
 
     def _show_sampled(self, event: Any) -> None:
-        self._above(f"samples {event.step}: ", str(event.sheet), "green")
+        self.above(f"samples {event.step}: ", str(event.sheet), "green")
 
     def _show_stage(self, event: Any) -> None:
-        self._stop_progress()
-        self._above(f"stage {event.number} of {event.total}: ", f"{event.name} in {event.folder}", "bold cyan")
+        self.stop_progress()
+        self.above(f"stage {event.number} of {event.total}: ", f"{event.name} in {event.folder}", "bold cyan")
 
     def _show_resumed(self, event: Any) -> None:
         for message in event.damaged:
             self.notice(f"passed over: {message}")
-        self._above("resumed: ", f"{event.part} after step {event.step}", "cyan")
+        self.above("resumed: ", f"{event.part} after step {event.step}", "cyan")
 
     def _show_checkup(self, event: Any) -> None:
-        self._stop_progress()
+        self.stop_progress()
         self.notice(f"{event.source} was read as: {event.format}")
         usable = f"{event.usable} of {event.clips} clips can be trained on"
         if rows := [(reason, count, event.examples[reason]) for reason, count in event.reasons.items()]:
@@ -269,7 +270,7 @@ class Console:
         self._pages.append(("gallery", event.path))
 
     def _show_done(self, event: Any) -> None:
-        self._stop_progress()
+        self.stop_progress()
         rows = [(saved.path, saved.seed, duration(saved.seconds), saved.prompt) for saved in self._saved]
         count = f"{len(rows)} file{'' if len(rows) == 1 else 's'} in {duration(event.seconds)}"
         self.table(count, ("file", "seed", "time", "prompt"), rows)
@@ -278,7 +279,7 @@ class Console:
 
     def _show_any(self, event: Any) -> None:
         words = [f"{item.name} {_word(getattr(event, item.name))}" for item in fields(event)]
-        self._above(f"{_snake(type(event).__name__)}: ", ", ".join(words), "cyan")
+        self.above(f"{_snake(type(event).__name__)}: ", ", ".join(words), "cyan")
 
 
 RENDERERS: dict[str, Callable[[Console, Any], None]] = {

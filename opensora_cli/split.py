@@ -298,7 +298,8 @@ def split(
 def _require_use(cut: str, given: dict[str, Any]) -> None:
     """Refuse flags that would do nothing."""
     for name, value in given.items():
-        if value is not None and value != 0 and cut not in _WAYS[name]:
+        is_off = value is None or value is False or (value == 0 and name in ("fps", "short-side"))
+        if not is_off and cut not in _WAYS[name]:
             raise UsageError(
                 f"--{name} says nothing to --cut {cut}", f"--cut {' or '.join(_WAYS[name])}, or leave --{name} out"
             )
@@ -335,8 +336,8 @@ def parse_shard(word: str) -> tuple[int, int]:
 
 def _show_progress(screen: Console, event: Any) -> None:
     """A bar for the whole job, and one for what each process does."""
-    screen._draw("splitting")
-    if (progress := screen._progress) is None:  # no terminal
+    screen.draw("splitting")
+    if (progress := screen.progress) is None:  # no terminal
         return
     speed = f", {event.speed:.1f}x realtime" if event.speed else ""
     left = "" if event.seconds_left is None else f"  {duration(event.seconds_left)} left"
@@ -359,11 +360,11 @@ def _show_source(screen: Console, event: Any) -> None:
     """Only what is not as it should be."""
     if event.reason:
         label = "" if event.status == "ok" else f"{event.status}: "
-        screen._above(label, f"{printable(event.source)}: {event.reason}", "yellow")
+        screen.above(label, f"{printable(event.source)}: {event.reason}", "yellow")
 
 
 def _show_done(screen: Console, event: Any) -> None:
-    screen._stop_progress()
+    screen.stop_progress()
     rows: list[tuple[object, ...]] = [(f"sources: {status}", count, "") for status, count in event.sources.items()]
     if event.skipped:
         rows.append(("of them finished before", event.skipped, ""))
@@ -377,7 +378,7 @@ def _show_done(screen: Console, event: Any) -> None:
 
 
 def _show_plan(screen: Console, event: Any) -> None:
-    screen._stop_progress()
+    screen.stop_progress()
     for message in event.notices:
         screen.notice(message)
     rows = [

@@ -17,7 +17,7 @@ from opensora_core.config import Config
 from opensora_core.curation.boundaries import Boundary, detect
 from opensora_core.errors import InputError
 from opensora_core.media import write_video
-from opensora_core.media.glance import Glance
+from opensora_core.media.glance import count_frames
 from opensora_core.sampling import Notice, Progress
 
 HEIGHT, WIDTH, FPS = 144, 256, 25
@@ -110,7 +110,7 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
         for number, (path, labels) in enumerate(videos.items()):
             yield Progress("finding shots", number, len(videos), None)
             begin = time.process_time()
-            num_frames += _decode(path)
+            num_frames += count_frames(path)
             spent["decoding alone"] += time.process_time() - begin
             for name, (detector, fast) in WAYS.items():
                 begin = time.process_time()
@@ -123,14 +123,6 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
         for name in ("content", "adaptive"):
             yield Measurement("auto", f"CPU time against {name}", spent["auto"] / spent[name], "x", num_frames)
         yield Measurement("auto --fast", "times as fast as auto", spent["auto"] / spent["auto --fast"], "x", num_frames)
-
-
-def _decode(path: Path) -> int:
-    """Only decode and count, as plainly as our libraries can."""
-    glance = Glance(path, only_decode=True)
-    for _ in glance:
-        pass
-    return glance.num_frames
 
 
 def _report(name: str, count: Count) -> Iterator[Measurement]:

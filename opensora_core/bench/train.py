@@ -31,10 +31,9 @@ from opensora_core.models import LatentTransformer
 from opensora_core.sampling import Notice, Progress
 from opensora_core.tensors import Condition
 from opensora_core.training.corpus import DEFAULT_STRIDE
-from opensora_core.training.denoiser import DenoiserTask, prepare, tokens_and_flops
+from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, tokens_and_flops
 from opensora_core.training.events import Facts, TrainProgress, Working
-from opensora_core.training.loop import fit
-from opensora_core.training.memory import MemoryEstimate, estimate, peak_flops
+from opensora_core.training.memory import MemoryEstimate, estimate
 from opensora_core.training.settings import WORLD, with_absolute_paths
 from opensora_core.training.world import WorldTask, check_world
 from opensora_core.vae.patch import PatchVAE
@@ -107,7 +106,7 @@ def measure(config: Config, *, quick: bool = False) -> Iterator[Event]:
         folder = Path(name)
         clips = folder / "clips"
         if _is_world(config):
-            yield from _rows(WHOLE, partial(_fit, config, partial(_world_task, config), folder / "whole"), length)
+            yield from _rows(WHOLE, lambda: fit_denoiser(_world_task(config), config, folder / "whole"), length)
         else:
             source = config.data.source if config.data.source not in ("", WORLD) else str(_written(config, clips))
             changes = {"data.source": source, "data.cache": ""}
@@ -284,17 +283,14 @@ def _condition(config: Config) -> Condition:
 
 
 def _given(config: Config, needed: MemoryEstimate, length: Length) -> Iterator[Event]:
-    def task() -> GivenTask:
-        return _given_task(config)
-
+    alone = with_settings(config, {"train.num_workers": 0})
     with tempfile.TemporaryDirectory(prefix="osora-", ignore_cleanup_errors=True) as folder:
-        run = partial(_fit, with_settings(config, {"train.num_workers": 0}), task, Path(folder))
-        yield from _rows(GIVEN, run, length)
+        yield from _rows(GIVEN, lambda: fit_denoiser(_given_task(config), alone, Path(folder)), length)
     yield Measurement(GIVEN, "estimated memory", needed.total / _GIB, "GiB", 1)
     if not config.runtime.compile:  # what is compiled hides its tensors, and is not what was estimated
         activations = needed.activations + needed.autocast_copies
         yield Measurement(GIVEN, "estimated activations", activations / _GIB, "GiB", 1)
-        yield Measurement(GIVEN, "measured activations", peak_activations(task(), config) / _GIB, "GiB", 1)
+        yield Measurement(GIVEN, "measured activations", peak_activations(_given_task(config), config) / _GIB, "GiB", 1)
 
 
 def _world_task(config: Config) -> WorldTask:
@@ -309,21 +305,6 @@ def _world_task(config: Config) -> WorldTask:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         dtype=components.resolve_dtype(config.runtime.dtype, next(model.parameters()).device),
-    )
-
-
-def _fit(config: Config, task: Callable[[], DenoiserTask], folder: Path) -> Iterator[training.Event]:
-    device = components.resolve_device(config.runtime.device)
-    dtype = components.resolve_dtype(config.runtime.dtype, device)
-    made = task()
-    made.draws = config.train.draws
-    yield from fit(
-        made,
-        config.train,
-        folder,
-        num_workers=config.train.num_workers,
-        scale_loss=dtype is torch.float16,
-        peak_flops=peak_flops(device, dtype),
     )
 
 

@@ -146,6 +146,8 @@ class Plan:
         self._stale: set[str] = set()
         limits = sum_of({name: getattr(config, name) for name in _LIMITS})
         self.job = Job(config, request.output, limits, with_scores=request.stats is not None)
+        self._settings = {"version": VERSION, **settings_of(config)}
+        self._sum = sum_of(self._settings)
         self._known = records.read()
         own = [item for item in sources if request.shard is None or item.shard(request.shard[1]) == request.shard[0]]
         names = self._names(own)
@@ -216,8 +218,9 @@ class Plan:
 
     def _task(self, source: Source, name: str) -> Task:
         boundaries = self._boundaries(source)
-        own = {"boundaries": sha256(boundaries)} if boundaries is not None else {}
-        return Task(source, name, sum_of({"version": VERSION, **settings_of(self.config), **own}), boundaries)
+        if boundaries is None:
+            return Task(source, name, self._sum)
+        return Task(source, name, sum_of({**self._settings, "boundaries": sha256(boundaries)}), boundaries)
 
     def _boundaries(self, source: Source) -> Path | None:
         given = self.request.boundaries

@@ -20,6 +20,7 @@ from PIL import Image
 from opensora_core.curation.records import Row
 from opensora_core.curation.scenes import Gap
 from opensora_core.files import replacing
+from opensora_core.media.page import page_head
 
 if TYPE_CHECKING:
     from opensora_core.curation.boundaries import Boundary, Detection
@@ -220,40 +221,24 @@ def _clock(seconds: float, step: float) -> str:
     return f"{hours}:{minutes:02d}:{shown}" if hours else f"{minutes}:{shown}"
 
 
-_PAGE_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="osora">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --paper: #fafaf8; --card: #fff; --ink: #202124; --quiet: #6b6f76; --line: #e4e4e0; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #15161a; --card: #1e2025; --ink: #e9eaec; --quiet: #9aa0a8; --line: #2e3138; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; padding: 2.5rem clamp(1rem, 4vw, 4rem); background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }}
-header, main {{ max-width: 1160px; margin: 0 auto; }}
-h1 {{ margin: 0; font-size: 1.4rem; font-weight: 600; }}
-header p {{ margin: .2rem 0; color: var(--quiet); }}
-.legend {{ display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0 1.6rem; color: var(--quiet);
-  font-size: .85rem; }}
-.legend i {{ display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; border-radius: 3px;
-  vertical-align: -.1rem; }}
-section {{ margin: 0 0 1.2rem; padding: 1rem 1.2rem 1.1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; }}
-h2 {{ margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }}
-section p {{ margin: .1rem 0 .8rem; color: var(--quiet); font-size: .87rem; overflow-wrap: anywhere; }}
-section p:last-child {{ margin-bottom: 0; }}
-svg {{ display: block; width: 100%; height: auto; }}
-.badge {{ margin-left: .5rem; padding: .05rem .5rem; border-radius: 99px; color: #fff; font-size: .75rem;
-  font-weight: 600; }}
-.damaged {{ background: #b76e00; }} .rejected, .failed {{ background: #c5383d; }}
-</style>
-</head>
-<body>
+_PAGE_STYLE = """
+header, main { max-width: 1160px; margin: 0 auto; }
+header p { margin: .2rem 0; color: var(--quiet); }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0 1.6rem; color: var(--quiet);
+  font-size: .85rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; border-radius: 3px;
+  vertical-align: -.1rem; }
+section { margin: 0 0 1.2rem; padding: 1rem 1.2rem 1.1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; }
+h2 { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
+section p { margin: .1rem 0 .8rem; color: var(--quiet); font-size: .87rem; overflow-wrap: anywhere; }
+section p:last-child { margin-bottom: 0; }
+svg { display: block; width: 100%; height: auto; }
+.badge { margin-left: .5rem; padding: .05rem .5rem; border-radius: 99px; color: #fff; font-size: .75rem;
+  font-weight: 600; }
+.damaged { background: #b76e00; } .rejected, .failed { background: #c5383d; }
+"""
+_PAGE_BODY = """<body>
 <header><h1>{title}</h1><p>{facts}</p>
 <div class="legend">{legend}</div></header>
 <main>
@@ -274,7 +259,8 @@ def write_page(path: Path, sources: Iterable[tuple[Row, list[Row], list[Row], st
     colours = {**KINDS, "clip": "#12a594", "in no clip": "#9a9a94"}
     legend = "".join(f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in colours.items())
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        file.write(_PAGE_HEAD.format(title="osora split", facts=escape(facts), legend=legend))
+        file.write(page_head("osora split", _PAGE_STYLE))
+        file.write(_PAGE_BODY.format(title="osora split", facts=escape(facts), legend=legend))
         for section in _sections(sources):
             file.write(section)
         file.write("</main>\n</body>\n</html>\n")

@@ -10,38 +10,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 from opensora_core.files import write_bytes
+from opensora_core.media.page import MARK, page_head
 
-_MARK = '<meta name="generator" content="osora">'
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{mark}
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --paper: #fafaf8; --card: #fff; --ink: #202124; --quiet: #6b6f76; --line: #e4e4e0; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #15161a; --card: #1e2025; --ink: #e9eaec; --quiet: #9aa0a8; --line: #2e3138; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; padding: 2.5rem clamp(1rem, 4vw, 4rem); background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }}
-h1 {{ margin: 0; font-size: 1.4rem; font-weight: 600; }}
-header p {{ margin: .2rem 0 2rem; color: var(--quiet); }}
-main {{ display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }}
-figure {{ margin: 0; overflow: hidden; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }}
-figure video, figure img {{ display: block; width: 100%; background: #000; }}
-.small {{ image-rendering: pixelated; }}
-figcaption {{ padding: .8rem 1rem 1rem; overflow-wrap: anywhere; }}
-details {{ margin-top: .4rem; color: var(--quiet); font-size: .85rem; }}
-summary {{ cursor: pointer; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: .4rem 0 0; }}
-dt {{ opacity: .75; }} dd {{ margin: 0; }}
-</style>
-</head>
-<body>
+_STYLE = """
+header p { margin: .2rem 0 2rem; color: var(--quiet); }
+main { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+figure { margin: 0; overflow: hidden; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+figure video, figure img { display: block; width: 100%; background: #000; }
+.small { image-rendering: pixelated; }
+figcaption { padding: .8rem 1rem 1rem; overflow-wrap: anywhere; }
+details { margin-top: .4rem; color: var(--quiet); font-size: .85rem; }
+summary { cursor: pointer; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: .4rem 0 0; }
+dt { opacity: .75; } dd { margin: 0; }
+"""
+_BODY = """<body>
 <header><h1>{title}</h1><p>{count}</p></header>
 <main>
 {cards}
@@ -73,7 +56,7 @@ def write_gallery(path: Path, exhibits: Sequence[Exhibit], title: str = "Samples
         return False
     cards = "\n".join(_card(exhibit, path.parent) for exhibit in exhibits)
     count = f"{len(exhibits)} sample{'' if len(exhibits) == 1 else 's'}"
-    page = _PAGE.format(mark=_MARK, title=escape(title), count=count, cards=cards)
+    page = page_head(title, _STYLE) + _BODY.format(title=escape(title), count=count, cards=cards)
     write_bytes(path, page.encode())
     return True
 
@@ -81,7 +64,7 @@ def write_gallery(path: Path, exhibits: Sequence[Exhibit], title: str = "Samples
 def is_gallery(path: Path) -> bool:
     """Whether a file is a gallery that we wrote."""
     try:
-        return _MARK.encode() in path.read_bytes()[:1000]
+        return MARK.encode() in path.read_bytes()[:1000]
     except OSError:
         return False
 

@@ -67,7 +67,6 @@ class Glance:
         threads: of the decoder.
         picture_width: also give pictures of about this width, as detectors of PySceneDetect take them.
         on_progress: is told the share of the video that is done, 0..1.
-        only_decode: give no chunks: what decoding alone costs.
         width, height: as shown: upright, with square pixels.
         fps: mean rate.
         num_frames: that were decoded.
@@ -84,7 +83,6 @@ class Glance:
     threads: int = 1
     picture_width: int | None = None
     on_progress: Callable[[float], None] | None = None
-    only_decode: bool = False
     width: int = 0
     height: int = 0
     fps: float = 0.0
@@ -103,20 +101,20 @@ class Glance:
         budget = Budget(self.path, self.limits)
         try:
             with opened(self.path, self.limits.max_pixels) as (container, stream):
-                if self.only_decode:
-                    stream.codec_context.thread_type = "NONE"
-                    self.num_frames = sum(1 for _ in container.decode(stream))
-                else:
-                    yield from self._decode(container, stream, budget)
+                yield from self._decode(container, stream, budget)
         except (av.FFmpegError, OSError, ValueError, IndexError) as error:
             raise InputError(f"cannot read {self.path} as a video: {error}") from error
         if not self.num_frames:
             raise InputError(f"{self.path} holds no frame that can be decoded{self.damage and ': ' + self.damage}")
 
-    def _decode(self, container: InputContainer, stream: VideoStream, budget: Budget) -> Iterator[Chunk]:
+    def begin(self, stream: VideoStream) -> None:
+        """Learn the rate of the stream that is to be glanced at, and decode it no better than that needs."""
         self.fps = float(stream.average_rate or stream.guessed_rate or 25)
         # pictures that no other refers to need no smoothing of block edges to be glanced at
         stream.codec_context.options = {**stream.codec_context.options, "skip_loop_filter": "noref"}
+
+    def _decode(self, container: InputContainer, stream: VideoStream, budget: Budget) -> Iterator[Chunk]:
+        self.begin(stream)
         claim = _Claim.of(container, stream)
         screen = Screen(self.path, stream, None, self.limits.max_pixels)
         sketch, painter, bars = Sketch(), Painter(self, stream), Bars()
@@ -281,3 +279,17 @@ class Painter:
         )
         picture: Frames = small.to_ndarray().astype(np.uint8, copy=False)
         return picture
+
+
+def count_frames(path: Path, limits: Limits = LONG) -> int:
+    """Decode a video and count, as plainly as our libraries can: what a glance is measured against.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    try:
+        with opened(path, limits.max_pixels) as (container, stream):
+            stream.codec_context.thread_type = "NONE"
+            return sum(1 for _ in container.decode(stream))
+    except av.FFmpegError as error:
+        raise InputError(f"cannot read {path} as a video: {error}") from error

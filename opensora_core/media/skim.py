@@ -86,8 +86,7 @@ def skimmed(glance: Glance) -> Iterator[Skim]:
         if packets is None or len(timeline.keys) < 2:
             raise UnreliableTimesError
         numbers = {pts: number for number, pts in enumerate(timeline.clip)}
-        glance.fps = float(stream.average_rate or stream.guessed_rate or 25)
-        stream.codec_context.options = {**stream.codec_context.options, "skip_loop_filter": "noref"}
+        glance.begin(stream)
         decoder, sketch, bars = Decoder(stream, glance.threads, budget), Sketch(), Bars()
         screen, painter = Screen(glance.path, stream, None, glance.limits.max_pixels), Painter(glance, stream)
         luma = np.empty((len(timeline.keys), ROWS, COLUMNS), np.uint8)

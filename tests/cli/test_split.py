@@ -175,9 +175,9 @@ def test_a_terminal_shows_a_bar_for_the_job_and_one_per_worker(monkeypatch: pyte
     monkeypatch.setenv("TERM", "xterm")
     screen = Console()
     RENDERERS["SplitProgress"](screen, PROGRESS)
-    assert screen._progress is not None
-    tasks = [(task.description, task.percentage, task.fields["count"]) for task in screen._progress.tasks]
-    screen._stop_progress()
+    assert screen.progress is not None
+    tasks = [(task.description, task.percentage, task.fields["count"]) for task in screen.progress.tasks]
+    screen.stop_progress()
     assert tasks[0] == ("1/3 sources, 2.0x realtime", 25.0, "10.0 s/40.0 s  15.0 s left")
     assert tasks[1:] == [("walk.mp4", 50.0, "cutting"), ("", 0.0, "waiting"), ("", 0.0, "waiting")]
     console.configure()
