@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
             "train.max_steps": 5700,
             "train.vae_steps": 2000,
             "train.decoder_steps": 600,
-            "train.text_steps": 350,
+            "train.text_steps": 700,
             "train.warmup_steps": 50,
             "train.decay_fraction": 0.8,  # at the full rate the loss stops falling after some thousand clips
             "train.ema_decay": 0.999,
