@@ -30,6 +30,7 @@ _LONG_FADE = 75
 _BLACK, _WHITE, _GREY = 30.0, 222.0, 10.0  # luma below or above, and chroma around grey, of blank pictures
 _IMPURE = 0.35  # how far from a mixture a fading picture may be, of the distance it goes
 _VISIBLE = 10.0  # contrast and luma in levels away from a blank picture, of what fades
+_MOTION = 0.33  # what moves before and after a dissolve, against what is no mixture within
 _DIPPED = 0.15  # of the distance to a blank picture, that two pictures may be apart which are of the same shot
 
 
@@ -46,11 +47,11 @@ class AutoOptions:
         flat: contrast in levels, below which a picture is blank.
     """
 
-    threshold: float = 3.0
+    threshold: float = 3.5
     min_change: float = 2.2
     flash_seconds: float = 0.36
-    gradual: float = 0.55
-    wipe: float = 0.28
+    gradual: float = 0.45
+    wipe: float = 0.31
     flat: float = 3.5
 
     @classmethod
@@ -100,7 +101,7 @@ def decide(curves: Curves, fps: float, options: AutoOptions) -> tuple[list[Found
 
 
 def _flashes(curves: Curves, fps: float, options: AutoOptions) -> Mask:
-    """Frames between a picture and its return, and one more at either end."""
+    """Frames between a picture and its return, and one more at either end unless more happens there."""
     total = len(curves.change)
     flash = np.zeros(total, np.bool_)
     longest = min(max(round(options.flash_seconds * fps), 2), max(RETURNS) - 1)  # frames
@@ -119,7 +120,11 @@ def _flashes(curves: Curves, fps: float, options: AutoOptions) -> Mask:
                     continue
                 if curves.change[first + 1 : last + 1].max() < _STARTLING * _usual(curves.change, first, last):
                     break
-            flash[max(first, 1) : last + 2] = True
+            flash[first + 1 : last + 1] = True
+            most = curves.change[first + 1 : last + 1].max()
+            for edge in (first, last + 1):
+                if 0 < edge < total and curves.change[edge] <= most:
+                    flash[edge] = True
             break
     return flash
 
@@ -230,7 +235,7 @@ def _dissolves(curves: Curves, flash: Mask, options: AutoOptions) -> list[Found]
             np.sqrt(curves.distances[reach][new.clip(max=max(total - 1 - reach, 0))] / apart),
         ]
         first, share, last = shares
-        cost = worst + 0.5 * (moved[0] + moved[1]) + abs(share - 0.5) + (0.05 - first).clip(0) + (last - 0.95).clip(0)
+        cost = worst + _MOTION * (moved[0] + moved[1]) + abs(share - 0.5) + (0.05 - first).clip(0) + (last - 0.95).clip(0)
         allowed = (0.019 * (np.sqrt(apart) - 5)).clip(1e-3, options.gradual or 1e-3)
         fits = (first < share) & (share < last) & (share > 0.15) & (share < 0.85) & ~flash[old] & ~flash[new]
         score = np.where(fits, allowed / np.maximum(cost, 1e-3), 0)

@@ -1,6 +1,12 @@
 """Labelled videos joined from real ones: `python -m tests.core.curation.labelled OUT` writes them and labels.json.
 
-The sources fall into two parts that share no footage: one for tuning, and one that is kept aside.
+The sources fall into parts that share no footage: one for tuning, one that is kept aside, and two that were fetched
+when the detector was finished, to be looked at once each. Those two are of Debian's packages of documentation and
+games, which `python -m tests.core.curation.labelled OUT FOLDER` finds below FOLDER, where these were unpacked:
+
+    apt-get download planetblupi-common opencv-doc forensics-samples-files python-nbsphinx-doc python3-hug-doc \\
+        python-kivy-examples pd-extendedview python3-mecavideo
+    for package in *.deb; do dpkg-deb -x "$package" FOLDER; done
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -58,12 +65,40 @@ SOURCES: dict[str, dict[str, list[tuple[int, int]]]] = {
         "skv_bigbuckbunny.mp4": [(0, 132)],
         "skv_carphone_pristine.mp4": [(0, 120)],
     },
+    "first": {
+        "Megamind.avi": [(18, 82), (203, 268)],
+        "balle-jbart.mp4": [(17, 255)],
+        "cityCC0.mpg": [(0, 105), (122, 188)],
+        "history2.mkv": [(0, 130)],
+        "movie.mp4": [(0, 166)],
+        "play103.mkv": [(0, 144)],
+        "play107.mkv": [(0, 86)],
+        "play113.mkv": [(0, 61)],
+        "play118.mkv": [(0, 92)],
+        "play124.mkv": [(0, 96)],
+        "vtest.avi": [(0, 400)],
+    },
+    "second": {
+        "Shepard_Calais_1906_FrenchGP.ogv.160p.ogv": [(8, 285)],
+        "balle1-vp9.avi": [(0, 295)],
+        "diver.mov": [(0, 350)],
+        "movie-hello.mp4": [(0, 249)],
+        "play101.mkv": [(15, 79)],
+        "play105.mkv": [(0, 108)],
+        "play108.mkv": [(0, 60)],
+        "play110.mkv": [(6, 96)],
+        "play116.mkv": [(0, 96)],
+        "play119.mkv": [(0, 72)],
+        "win005.mkv": [(0, 210)],
+        "win129.mkv": [(0, 136)],
+    },
 }
+OURS = ("tuning", "aside")  # whose footage lies beside the repository
 
 
-def read_shots(part: str) -> dict[str, list[Frames]]:
-    """All stretches of a part, by the name of their source."""
-    return {name: list(_stretches(VIDEOS / name, ranges)) for name, ranges in SOURCES[part].items()}
+def read_shots(part: str, folder: Path = VIDEOS) -> dict[str, list[Frames]]:
+    """All stretches of a part, by the name of their source, which lies somewhere in a folder."""
+    return {name: list(_stretches(next(folder.rglob(name)), ranges)) for name, ranges in SOURCES[part].items()}
 
 
 def _stretches(path: Path, ranges: list[tuple[int, int]]) -> Iterator[Frames]:
@@ -259,9 +294,9 @@ CASES: dict[str, tuple[Callable[[Pool], Reel], Recipe]] = {
     "cuts-short": (lambda pool: _cuts(pool, 16, 10, 24), _X264),
     "cuts-60fps": (lambda pool: _cuts(pool, 10, 40, 70), Recipe(fps=60)),
     "cuts-10fps": (lambda pool: _thinned(_cuts(pool, 12, 50, 77), 3), Recipe(fps=10)),
-    "alike-1": (lambda pool: _alike(pool, ("mdn_", "intel_", "psd_", "mpy_", "cosmos")), _X264),
+    "alike-1": (lambda pool: _alike(pool, ("mdn_", "intel_", "psd_", "mpy_", "cosmos", "play", "win")), _X264),
     "alike-2": (
-        lambda pool: _alike(pool, ("mdn_", "bbb", "skv", "imageio", "ocv", "mdn_chroma")),
+        lambda pool: _alike(pool, ("mdn_", "bbb", "skv", "imageio", "ocv", "mdn_chroma", "play", "Mega")),
         Recipe(options=(("crf", "28"), ("preset", "veryfast"))),
     ),
     "dark": (_dark, _X264),
@@ -283,20 +318,30 @@ CASES: dict[str, tuple[Callable[[Pool], Reel], Recipe]] = {
     "ten-bits": (_mixed, Recipe(".mkv", "libx264", (("preset", "veryfast"),), pixels="yuv420p10le")),
     "vp9": (_mixed, Recipe(".webm", "libvpx-vp9", (("cpu-used", "8"), ("deadline", "realtime"), ("b", "400k")))),
     "av1": (_mixed, Recipe(".mkv", "libsvtav1", (("preset", "12"), ("crf", "40")))),
-    "uncut-1": (_uncut(("imageio_cockatoo.mp4", "mdn_chroma.mp4")), _X264),
-    "uncut-2": (_uncut(("ocv_box.mp4", "mpy_chaplin.mp4")), _X264),
-    "uncut-3": (_uncut(("intel_one-by-one-person-detection.mp4", "intel_car-detection.mp4")), Recipe(fps=10)),
+    "uncut-1": (_uncut(("imageio_cockatoo.mp4", "mdn_chroma.mp4", "play103.mkv", "diver.mov")), _X264),
+    "uncut-2": (_uncut(("ocv_box.mp4", "mpy_chaplin.mp4", "history2.mkv", "play116.mkv")), _X264),
+    "uncut-3": (
+        _uncut(("intel_one-by-one-person-detection.mp4", "intel_car-detection.mp4", "vtest.avi", "win005.mkv")),
+        Recipe(fps=10),
+    ),
 }
 
 
-def build(folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES)) -> None:
+def _made(make: Callable[[Pool], Reel], shots: dict[str, list[Frames]], seed: str) -> Reel:
+    """A reel; drawn again where a transition was to be longer than what is left of a shot."""
+    with suppress(AssertionError):
+        return make(Pool(shots, random.Random(seed)))
+    return _made(make, shots, f"{seed}, again")
+
+
+def build(folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES), videos: Path = VIDEOS) -> None:
     """Write the videos of a part and their labels.json, as `osora bench split --data FOLDER` reads them."""
-    shots = read_shots(part)
+    shots = read_shots(part, videos)
     folder.mkdir(parents=True, exist_ok=True)
     labels = {}
     for name in cases:
         make, recipe = CASES[name]
-        reel = make(Pool(shots, random.Random(f"{part} {name}")))
+        reel = _made(make, shots, f"{part} {name}")
         path = folder / f"{name}{recipe.suffix}"
         write(path, reel.frames(), recipe)
         labels[path.name] = {"num_frames": reel.num_frames, "labels": [label.to_dict() for label in reel.labels]}
@@ -305,4 +350,7 @@ def build(folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES)) -> Non
 
 if __name__ == "__main__":
     for part in SOURCES:
-        build(Path(sys.argv[1]) / part, part)
+        if part in OURS:
+            build(Path(sys.argv[1]) / part, part)
+        elif len(sys.argv) > 2:
+            build(Path(sys.argv[1]) / part, part, videos=Path(sys.argv[2]))

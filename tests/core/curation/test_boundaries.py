@@ -155,7 +155,7 @@ def _count(folder: Path) -> Count:
 
 @needs_videos
 @pytest.mark.slow
-@pytest.mark.parametrize("part", labelled.SOURCES)
+@pytest.mark.parametrize("part", labelled.OURS)
 def test_real_footage_meets_the_bars(part: str, tmp_path: Path) -> None:
     build(tmp_path, part)
     count = _count(tmp_path)
