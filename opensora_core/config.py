@@ -224,6 +224,105 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class DownloadConfig:
+    """How much is fetched at a time, and what a server may do before it is given up.
+
+    `columns` maps the columns of a list or of metadata: `link=url start=begin end=stop caption=text`; with `fps=...`
+    start and end are frames.
+    """
+
+    workers: int = 4  # downloads at a time
+    max_bytes_per_second: float = 0.0  # of all of them together; 0 is no limit
+    min_bytes_per_second: float = 1000.0  # of each, below which it is given up
+    window_seconds: float = 10.0  # that this is the mean of
+    connect_seconds: float = 10.0
+    answer_seconds: float = 20.0  # from a request to the end of the answer's header
+    stall_seconds: float = 8.0  # between two bytes
+    patience_seconds: float = 45.0  # of trouble without a gain, after which a file is given up
+    max_wait_seconds: float = 20.0  # that a server's Retry-After is obeyed for
+    max_retries: int = 5
+    file_seconds: float = 0.0  # of a file; 0 is no limit
+    file_bytes: int = 2**40  # of a file
+    allow_private: bool = False  # addresses of this machine and of local networks, in lists and redirects
+    columns: str = ""
+    pexels_url: str = "https://api.pexels.com"
+    youtube_height: int = 720  # the largest that is asked for
+    youtube_whole: bool = False  # whole videos, with ranges in the manifest, even where sections could be fetched
+    youtube_archive: str = ""  # yt-dlp's list of what is at hand elsewhere: left out, and added to
+    cookies: str = ""  # a file in Netscape's format, for YouTube; never a browser's own
+    archive_bytes: int = 2**41  # that an archive may unpack to
+    archive_files: int = 10_000_000  # that it may hold
+    archive_ratio: float = 200.0  # how much larger a file may become by unpacking
+    seed: int = 0  # of the world's scenes
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Limits beyond which clips are left out, 0 being none, and what it takes to measure them; see docs/filters.md.
+
+    Scores that need a model are measured where its path is set.
+    """
+
+    min_motion: float = 0.0  # pixels per frame, of a picture whose longer side has 256
+    max_motion: float = 0.0
+    max_still: float = 0.98  # share of frames that show what the one before showed
+    min_sharpness: float = 0.0  # variance of the Laplacian, of a picture whose longer side has 448 at most
+    max_dark: float = 0.98  # share of the picture that is black
+    max_bright: float = 0.98  # share of the picture that is white
+    max_bars: float = 0.0  # share of the picture that is black bars around it
+    max_text: float = 0.0  # share of the picture that is covered by text
+    min_aesthetic: float = 0.0  # 1 to 10
+    min_similarity: float = 0.0  # cosine of caption and pictures
+    min_copy_bits: float = 0.0  # bits of 64 that pictures of two clips must differ in, so that neither is a copy
+    max_copy_similarity: float = 0.0  # cosine of two clips, beyond which one is a copy
+    motion: Literal["flow", "vectors"] = "flow"  # vectors: those of the codec where it has some
+    frames: int = 8  # places of a clip that are looked at closely
+    clip_model: str = ""  # a folder with a CLIP in the layout of transformers
+    aesthetic_weights: str = ""  # LAION's predictor for that CLIP
+    text_model: str = ""  # EAST (.pb) or DB (.onnx) for OpenCV, or `easyocr`
+    device: str = "auto"  # that models run on
+    workers: int = 0  # processes; 0 is one per core
+    clip_seconds: float = 600.0  # of wall time that a clip may take
+    clip_bytes: int = 2**34  # of memory that a process may take for clips, models included
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """What describes clips, and how it is asked.
+
+    `model` is a folder or `hf:owner/repo` of any model of transformers that turns images and text into text,
+    `openai:NAME` of the server at `base_url`, `tiny`, `labels` or `sidecars`.
+    """
+
+    model: str = "hf:llava-hf/llava-v1.6-mistral-7b-hf"
+    base_url: str = ""  # of the server; empty takes OPENAI_BASE_URL
+    frames: int = 0  # of a clip that are shown; 0 is what the model asks for, or 3
+    at: str = ""  # where in the clip, such as `0.2 0.5 0.8`; empty spreads the frames
+    layout: Literal["auto", "separate", "grid"] = "auto"  # images of their own, or one picture
+    side: int = 672  # pixels that the longer side of a frame is shrunk to; 0 keeps it
+    prompt: str = ""  # a file; empty is the model's own prompt, or ours
+    batch_size: int = 0  # clips; 0 suits the device
+    temperature: float = 0.0  # 0 takes the likeliest word
+    max_tokens: int = 0  # of a caption; 0 is what the model asks for, or 220
+    seed: int = 42
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    gpus: int = 1  # processes, each with the model on a device of its own
+    requests: int = 8  # that the server is sent at a time
+    requests_per_minute: int = 0  # 0 is no limit
+    request_seconds: float = 120.0  # that an answer may take
+    retries: int = 5  # of a request
+    price_in: float = 0.0  # of a million tokens read, in whatever money, for the estimate
+    price_out: float = 0.0  # of a million tokens written
+    clean: bool = False  # take off openings such as `The video shows`, half sentences and repetitions
+    camera: bool = False  # say how the camera moves, from optical flow
+    language: str = ""  # such as `en`: captions that are clearly of another are left out
+    workers: int = 0  # processes that decode; 0 is one per core, four at most
+    stall_seconds: float = 20.0  # in which nothing of a clip is read, after which it is given up
+    clip_seconds: float = 120.0  # of wall time that reading a clip may take
+    clip_bytes: int = 2**30  # of memory that reading a clip may take
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Where and how the arithmetic runs."""
 
@@ -248,6 +347,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

@@ -3,7 +3,43 @@
 from __future__ import annotations
 
 from opensora_core.assets.fetch import Progress
+from opensora_core.assets.gather import (
+    Holding,
+    WeightsListed,
+    WeightsPlan,
+    WeightsReady,
+    WeightsRequest,
+    WeightsVerified,
+    fetch_weights,
+    holdings,
+    known_words,
+    needed_words,
+    plan_weights,
+    verify_weights,
+)
 from opensora_core.assets.search import Located, find, locate, weights_folder
 from opensora_core.assets.table import ASSETS, BUNDLED, Asset, Kind
 
-__all__ = ["ASSETS", "BUNDLED", "Asset", "Kind", "Located", "Progress", "find", "locate", "weights_folder"]
+__all__ = [
+    "ASSETS",
+    "BUNDLED",
+    "Asset",
+    "Holding",
+    "Kind",
+    "Located",
+    "Progress",
+    "WeightsListed",
+    "WeightsPlan",
+    "WeightsReady",
+    "WeightsRequest",
+    "WeightsVerified",
+    "fetch_weights",
+    "find",
+    "holdings",
+    "known_words",
+    "locate",
+    "needed_words",
+    "plan_weights",
+    "verify_weights",
+    "weights_folder",
+]

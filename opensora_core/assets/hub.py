@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from opensora_core import net
 from opensora_core.assets import fetch
 from opensora_core.assets.table import Kind
 from opensora_core.errors import UsageError
@@ -73,19 +75,19 @@ def address(repo: str, revision: str, files: tuple[str, ...]) -> str:
     return f"{endpoint()}/{repo}/tree/{revision}"
 
 
-def _snapshot(repo: str, revision: str) -> Path:
-    folder = cache_folder() / f"models--{repo.replace('/', '--')}"
+def _snapshot(repo: str, revision: str, cache: Path | None = None) -> Path:
+    folder = (cache or cache_folder()) / f"models--{repo.replace('/', '--')}"
     with suppress(OSError):  # a revision without such a file is a commit, or unknown here
         revision = (folder / "refs" / revision).read_text().strip()
     return folder / "snapshots" / revision
 
 
-def cached_files(repo: str, revision: str, files: tuple[str, ...]) -> Path | None:
+def cached_files(repo: str, revision: str, files: tuple[str, ...], cache: Path | None = None) -> Path | None:
     """The file, or for several of them their folder, if the cache holds them all."""
-    snapshot = _snapshot(repo, revision)
+    snapshot = _snapshot(repo, revision, cache)
     if not all(any((snapshot / name).is_file() for name in file.split("|")) for file in files):
         return None
-    return _common(snapshot, [_present(snapshot, file) for file in files])
+    return common(snapshot, [_present(snapshot, file) for file in files])
 
 
 def cached_place(place: Place, kind: Kind) -> Path | None:
@@ -98,11 +100,20 @@ def cached_place(place: Place, kind: Kind) -> Path | None:
         chosen = choose(names, place, kind)
     except UsageError:
         return None  # what was fetched for another part; the hub knows what else there is
-    return _common(snapshot, chosen) if any(_is_weights(name) for name in chosen) else None
+    return common(snapshot, chosen) if any(_is_weights(name) for name in chosen) else None
 
 
-def download(repo: str, revision: str, files: tuple[str, ...], on_progress: fetch.Progress | None) -> Path:
+def download(
+    repo: str,
+    revision: str,
+    files: tuple[str, ...],
+    on_progress: fetch.Progress | None,
+    client: net.Client | None = None,
+) -> Path:
     """Fetch files of a repository into the hub's cache.
+
+    The hub's library says what a file is and keeps the cache; the bytes come by our own client, which checks their sums
+    and gives up a server that trickles.
 
     Returns:
         The file, or for several of them their folder.
@@ -112,9 +123,9 @@ def download(repo: str, revision: str, files: tuple[str, ...], on_progress: fetc
         ResourceError: no space or no permission.
     """
     fetch.probe(endpoint())
-    with _translated(repo, revision):
-        got = [_download_either(repo, revision, file.split("|"), on_progress) for file in files]
-    return _common(got[0][0], [name for _, name in got])
+    with translated(repo, revision):
+        got = [_download_either(repo, revision, file.split("|"), on_progress, client) for file in files]
+    return common(got[0][0], [name for _, name in got])
 
 
 def download_place(place: Place, kind: Kind, on_progress: fetch.Progress | None) -> Path:
@@ -124,13 +135,21 @@ def download_place(place: Place, kind: Kind, on_progress: fetch.Progress | None)
         UsageError: the repository holds no such file, or several models and nothing says which.
         fetch.Unavailable, ResourceError: as `download`.
     """
+    return download(place.repo, place.revision, tuple(listed(place, kind)), on_progress)
+
+
+def listed(place: Place, kind: Kind) -> list[str]:
+    """Ask the hub for the files that a part needs of a repository.
+
+    Raises:
+        UsageError, fetch.Unavailable: as `download_place`.
+    """
     fetch.probe(endpoint())
     import huggingface_hub
 
-    with _translated(place.repo, place.revision):
+    with translated(place.repo, place.revision):
         names = huggingface_hub.HfApi(endpoint=endpoint()).list_repo_files(place.repo, revision=place.revision)
-    chosen = choose(names, place, kind)
-    return download(place.repo, place.revision, tuple(chosen), on_progress)
+    return choose(names, place, kind)
 
 
 def choose(names: Iterable[str], place: Place, kind: Kind) -> list[str]:
@@ -175,15 +194,107 @@ def _present(snapshot: Path, file: str) -> str:
     return next(name for name in file.split("|") if (snapshot / name).is_file())
 
 
-def _common(snapshot: Path, names: list[str]) -> Path:
+def common(snapshot: Path, names: list[str]) -> Path:
     """The file itself if there is one, else the deepest folder that holds them all."""
     return snapshot / (
         names[0] if len(names) == 1 else os.path.commonpath([str(PurePosixPath(n).parent) for n in names])
     )
 
 
+def headers() -> dict[str, str]:
+    """What tells the hub who asks; it stays with the hub."""
+    import huggingface_hub
+
+    token = huggingface_hub.get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def is_whole(path: Path, etag: str) -> bool | None:
+    """Whether a file is the one that the hub's sum, SHA-256 or git's SHA-1, was made of; None for any other sum."""
+    if re.fullmatch(r"[0-9a-f]{64}", etag):
+        algorithm, head = "sha256", b""
+    elif re.fullmatch(r"[0-9a-f]{40}", etag):
+        algorithm, head = "sha1", b"blob %d\0" % path.stat().st_size
+    else:
+        return None
+    digest = hashlib.new(algorithm, head, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == etag
+
+
+def metadata(repo: str, revision: str, name: str) -> tuple[str, str, int]:
+    """What the hub says about a file.
+
+    Returns:
+        Its commit, its sum as `is_whole` takes it, and its size in bytes, 0 where unknown.
+
+    Raises:
+        Whatever the hub's library does; `translated` is for that.
+    """
+    import huggingface_hub
+
+    found = huggingface_hub.get_hf_file_metadata(
+        huggingface_hub.hf_hub_url(repo, name, revision=revision, endpoint=endpoint()),
+        timeout=_ETAG_TIMEOUT,
+        endpoint=endpoint(),
+    )
+    return found.commit_hash or revision, found.etag or "", found.size or 0
+
+
+def fetch_file(
+    repo: str,
+    commit: str,
+    name: str,
+    target: Path,
+    *,
+    etag: str,
+    size: int,
+    client: net.Client | None,
+    on_progress: fetch.Progress | None,
+) -> net.Received:
+    """Fetch one file of a repository, and check it against the hub's sum.
+
+    Raises:
+        fetch.Unavailable: the hub does not give it, or sends something else.
+        ResourceError: no space or no permission.
+    """
+    import huggingface_hub
+
+    received = net.download(
+        client or net.Client(trusted=(endpoint(),)),
+        huggingface_hub.hf_hub_url(repo, name, revision=commit, endpoint=endpoint()),
+        target,
+        wanted=net.Wanted(sha256=etag if len(etag) == 64 else "", size=size),
+        part=target.with_name(f"{target.name}.osora.part"),
+        headers=headers(),
+        on_progress=on_progress,
+    )
+    if is_whole(target, etag) is False:
+        target.unlink()
+        raise fetch.Unavailable(f"{endpoint()} sent a {name} whose sum is not the one it told, {etag}")
+    return received
+
+
+def _place_blob(
+    repo: str, revision: str, name: str, client: net.Client | None, on_progress: fetch.Progress | None
+) -> None:
+    """Put the bytes of a file where the hub's library looks for them before it fetches any."""
+    commit, etag, size = metadata(repo, revision, name)
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        return  # no sum that could be checked: the library knows what it is
+    blob = cache_folder() / f"models--{repo.replace('/', '--')}" / "blobs" / etag
+    if not blob.exists():
+        fetch_file(repo, commit, name, blob, etag=etag, size=size, client=client, on_progress=on_progress)
+
+
 def _download_either(
-    repo: str, revision: str, names: list[str], on_progress: fetch.Progress | None
+    repo: str,
+    revision: str,
+    names: list[str],
+    on_progress: fetch.Progress | None,
+    client: net.Client | None = None,
 ) -> tuple[Path, str]:
     """Fetch the first of the names that the repository has; returns the snapshot's folder and that name."""
     import huggingface_hub
@@ -191,6 +302,7 @@ def _download_either(
 
     for name in names:
         try:
+            _place_blob(repo, revision, name, client, on_progress)
             path = huggingface_hub.hf_hub_download(
                 repo,
                 name,
@@ -226,7 +338,7 @@ def _bar(on_progress: fetch.Progress | None) -> Any:
 
 
 @contextmanager
-def _translated(repo: str, revision: str) -> Iterator[None]:
+def translated(repo: str, revision: str) -> Iterator[None]:
     """Turn what the hub's client raises into our own errors."""
     from huggingface_hub import errors
 
