@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +14,13 @@ from rich.progress import TaskID
 from opensora_cli import options
 from opensora_cli.console import RENDERERS, Console, console, duration, printable
 from opensora_cli.options import OUTPUT, RUNTIME
-from opensora_core.config import SplitConfig
+from opensora_core.config import Config, FilterConfig, SplitConfig, iterate, with_settings
 from opensora_core.errors import InputError, UsageError
 
 FINDING = "Where to cut"
 CLIPS = "What a clip is"
 ENCODING = "How clips are written"
+FILTERING = "Which clips are kept"
 
 DETECTORS = ("auto", "content", "adaptive", "threshold", "histogram", "hash")
 """The names of `opensora_core.curation.DETECTORS`, which would import numpy and av; a test compares them."""
@@ -42,6 +44,10 @@ EXAMPLES = """
 [cyan]osora split 'raw/**/*.mkv' --cut smart --max-seconds 10 --output data/[/]
 
 [cyan]find / -name '*.mp4' -print0 | osora split - --output data/[/]
+
+[cyan]osora split videos/ --output data/ --filter --set filter.min_motion=0.3 --report[/]
+
+[cyan]osora split data/ --only-filter --set filter.min_motion=0.5[/]
 
 [cyan]osora train --data data/ --dry-run[/]
 """
@@ -198,14 +204,56 @@ def split(
             rich_help_panel=ENCODING,
         ),
     ] = None,
+    filter_: Annotated[
+        bool | None,
+        typer.Option(
+            "--filter/--no-filter",
+            help="Measure clips and leave out those beyond a limit; --set filter.min_motion=0.3 and others. "
+            "A folder stays as it is filtered; --no-filter brings all clips back.",
+            show_default="as the folder is",
+            rich_help_panel=FILTERING,
+        ),
+    ] = None,
+    only_filter: Annotated[
+        bool,
+        typer.Option(
+            "--only-filter",
+            metavar="",
+            help="INPUT is a manifest or its folder: judge its clips, and those refused before, without splitting.",
+            rich_help_panel=FILTERING,
+        ),
+    ] = False,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLIP",
+            help="Print the scores of a clip of the manifest INPUT, or of a file, with what each limit says.",
+            show_default=False,
+            rich_help_panel=FILTERING,
+        ),
+    ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            metavar="",
+            help="Write a page with the spread of each score and clips on both sides of each limit.",
+            rich_help_panel=FILTERING,
+        ),
+    ] = False,
     config: options.ConfigOpt = None,
     set_: options.SetOpt = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Clips and manifest; see docs/split.md.", rich_help_panel=OUTPUT
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Clips and manifest; see docs/split.md.",
+            show_default="split",
+            rich_help_panel=OUTPUT,
         ),
-    ] = Path("split"),
+    ] = None,
     redo: Annotated[
         bool,
         typer.Option("--redo", metavar="", help="Split again what is finished.", rich_help_panel=OUTPUT),
@@ -274,6 +322,10 @@ def split(
     if print_config:
         options.print_config(settings, origins)
         return
+    if why is not None or only_filter:
+        limits = _filter_of(filter_, settings, origins, report=False)
+        _filter_only(limits, inputs or [], output, why=why, report=report, dry_run=dry_run)
+        return
     _require_use(settings.split.cut, {name: flags[f"split.{name.replace('-', '_')}"] for name in _WAYS})
     if not inputs:
         raise UsageError("there is nothing to split", "osora split videos/, or - for a list on stdin")
@@ -285,14 +337,57 @@ def split(
     request = curation.Request(
         inputs=words,
         listed=listed,
-        output=output,
+        output=output or Path("split"),
         shard=None if shard is None else parse_shard(shard),
         boundaries=boundaries,
         stats=stats,
         preview=preview,
         redo=redo,
+        filter=_filter_of(filter_, settings, origins, report=report),
+        report=report,
     )
     console.follow(curation.examine(settings.split, request) if dry_run else curation.split(settings.split, request))
+
+
+def _filter_of(
+    asked: bool | None, settings: Config, origins: Mapping[str, str], *, report: bool
+) -> FilterConfig | None:
+    """What clips are filtered with; None leaves a folder as it is. A setting of a filter asks for it."""
+    if asked is False:
+        return _without_limits(settings).filter
+    return settings.filter if asked or _is_set(origins) or report else None
+
+
+def _is_set(origins: Mapping[str, str]) -> bool:
+    return any(path.startswith("filter.") and origin != "default" for path, origin in origins.items())
+
+
+def _without_limits(settings: Config) -> Config:
+    limits = [name for name, _ in iterate(settings.filter) if name.startswith(("min_", "max_"))]
+    return with_settings(settings, {f"filter.{name}": 0.0 for name in limits})
+
+
+def _filter_only(
+    limits: FilterConfig | None, inputs: list[str], output: Path | None, *, why: str | None, report: bool, dry_run: bool
+) -> None:
+    """Filter the clips of a manifest, or tell about one of them.
+
+    Raises:
+        UsageError: not one manifest.
+    """
+    if len(inputs) != 1 and not (why is not None and not inputs):
+        raise UsageError(
+            f"a single manifest is filtered, and there are {len(inputs)}", "osora split data/ --only-filter"
+        )
+
+    from opensora_core.curation import filters
+
+    if why is not None:
+        console.follow(filters.why(Path(inputs[0]) if inputs else None, why, limits))
+    elif dry_run:
+        console.follow(filters.examine(Path(inputs[0]), limits, output))
+    else:
+        console.follow(filters.apply(Path(inputs[0]), limits, output, report=report))
 
 
 def _require_use(cut: str, given: dict[str, Any]) -> None:
@@ -398,8 +493,59 @@ def _show_plan(screen: Console, event: Any) -> None:
     screen.text(f"would write to {printable(event.output)}: {event.making}")
 
 
+def _show_filter_progress(screen: Console, event: Any) -> None:
+    screen.draw(f"measuring clips, {event.speed:.1f}/s", event.done, event.total, event.seconds_left)
+
+
+def _show_refused(screen: Console, event: Any) -> None:
+    """Refused clips are many and are counted in the end; broken ones are few and should not be."""
+    if "unreadable" in event.filters:
+        screen.above("left out: ", f"{printable(event.clip)}: {event.reason}", "yellow")
+
+
+def _show_filter_plan(screen: Console, event: Any) -> None:
+    screen.table(
+        "limits", ("setting", "value"), [(f"filter.{name}", f"{value:g}") for name, value in event.limits.items()]
+    )
+    screen.text(f"{event.num_clips} clips, {event.num_missing} of them to be measured first")
+    screen.text(f"would filter {printable(event.manifest)} into {printable(event.output)}")
+
+
+def _show_filtered(screen: Console, event: Any) -> None:
+    screen.stop_progress()
+    rows: list[tuple[object, ...]] = [("kept", event.num_kept, duration(event.kept_seconds), "")]
+    for name, (count, seconds) in event.refused.items():
+        limit = f"{event.limits[name]:g}" if name in event.limits else ""
+        rows.append((f"filter.{name}" if limit else name, count, duration(seconds), limit))
+    title = f"{event.num_clips} clips filtered in {duration(event.seconds)}, {event.measured} of them measured"
+    screen.table(title, ("what", "clips", "length", "limit"), rows)
+    for label, path in (("report", event.report), ("manifest", event.manifest)):
+        if path is not None:
+            screen.text(f"{label}: {printable(path)}")
+
+
+def _show_why(screen: Console, event: Any) -> None:
+    rows = [
+        (
+            item.name,
+            "none" if item.value is None else f"{item.value:.4g}",
+            f"filter.{item.setting} = {item.limit:g}" if item.limit else f"filter.{item.setting} is off",
+            "" if item.value is None or not item.limit else "passes" if item.is_kept else "REFUSED",
+            item.note or f"{item.about} ({item.unit})",
+        )
+        for item in event.verdicts
+    ]
+    screen.table(event.clip, ("score", "value", "limit", "verdict", "what it is"), rows)
+    screen.text("kept" if event.is_kept else f"refused: {printable(event.reason)}")
+
+
 RENDERERS.update(
     {
+        "FilterProgress": _show_filter_progress,
+        "ClipRefused": _show_refused,
+        "FilterPlan": _show_filter_plan,
+        "FilterDone": _show_filtered,
+        "ClipExplained": _show_why,
         "SplitProgress": _show_progress,
         "SourceSplit": _show_source,
         "SplitDone": _show_done,

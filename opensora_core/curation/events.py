@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from opensora_core.notice import Notice
 
@@ -118,4 +119,108 @@ class SplitPlan:
     notices: tuple[str, ...] = field(default=())
 
 
-Event = Notice | SplitProgress | SourceSplit | SplitDone | SplitPlan
+@dataclass(frozen=True)
+class FilterProgress:
+    """How far the measuring of clips is.
+
+    Attributes:
+        done, total: clips of this run; those that were measured before are not among them.
+        speed: clips per second of wall time.
+        seconds_left: of wall time; None before there is a speed.
+    """
+
+    done: int
+    total: int
+    speed: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class ClipRefused:
+    """A clip is left out of the manifest.
+
+    Attributes:
+        clip: its name.
+        filters: the limits that it does not keep, such as `min_motion`; `unreadable` if it cannot be decoded.
+        reason: in words.
+    """
+
+    clip: str
+    filters: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FilterPlan:
+    """What filtering would do.
+
+    Attributes:
+        manifest: that would be filtered.
+        output: the folder that would be written.
+        num_clips: kept and refused ones.
+        num_missing: of them that have to be measured first.
+        limits: setting -> value, of those that are on.
+    """
+
+    manifest: Path
+    output: Path
+    num_clips: int
+    num_missing: int
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FilterDone:
+    """The clips of a manifest are judged.
+
+    Attributes:
+        manifest: of those that are kept.
+        num_clips, num_kept: how many there are, and how many of them are kept.
+        kept_seconds: their length, as far as the rows say it.
+        refused: limit -> (how many clips do not keep it, their seconds). A clip may count several times.
+        limits: setting -> value, of those that are on.
+        measured: clips that this run measured.
+        seconds: of wall time.
+        report: the page, if one was asked for.
+    """
+
+    manifest: Path
+    num_clips: int
+    num_kept: int
+    kept_seconds: float
+    refused: Mapping[str, tuple[int, float]]
+    limits: Mapping[str, float]
+    measured: int
+    seconds: float
+    report: Path | None = None
+
+
+@dataclass(frozen=True)
+class ClipExplained:
+    """What the filters say of one clip.
+
+    Attributes:
+        clip: its name.
+        is_kept: whether it stays in the manifest.
+        verdicts: of every limit; see `filters.Verdict`.
+        reason: in words; empty if it is kept.
+    """
+
+    clip: str
+    is_kept: bool
+    verdicts: tuple[Any, ...]
+    reason: str
+
+
+Event = (
+    Notice
+    | SplitProgress
+    | SourceSplit
+    | SplitDone
+    | SplitPlan
+    | FilterProgress
+    | ClipRefused
+    | FilterPlan
+    | FilterDone
+    | ClipExplained
+)

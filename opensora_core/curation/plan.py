@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_core.config import SplitConfig
+from opensora_core.config import FilterConfig, SplitConfig
 from opensora_core.curation.boundaries import DETECTORS
+from opensora_core.curation.filters import check as check_filter
 from opensora_core.curation.records import Record, Records, sum_of
 from opensora_core.curation.sources import Source, find_sources
 from opensora_core.curation.stats import check_stats
@@ -46,6 +47,9 @@ class Request:
         stats: where to write the scores of every frame; see `stats.write_stats`.
         preview: write a page with a picture of each source.
         redo: split again what is finished.
+        filter: measure the clips and leave out those beyond its limits. None: a folder that is filtered stays so, with
+            the limits that it has.
+        report: write a page about the scores.
     """
 
     inputs: Sequence[str | Path]
@@ -56,6 +60,8 @@ class Request:
     stats: Path | None = None
     preview: bool = False
     redo: bool = False
+    filter: FilterConfig | None = None
+    report: bool = False
 
 
 def check(config: SplitConfig, request: Request) -> None:
@@ -75,6 +81,15 @@ def check(config: SplitConfig, request: Request) -> None:
         raise InputError(f"there is no file or folder {request.boundaries}", "--boundaries takes scenes from elsewhere")
     if request.stats is not None:
         check_stats(request.stats)
+    if request.filter is not None:
+        check_filter(request.filter)
+        if request.shard is not None:
+            raise UsageError(
+                "a shard does not know the clips of the others, so it is not filtered",
+                f"when all are done: osora split {request.output} --only-filter",
+            )
+    elif request.report:
+        raise UsageError("a report is about clips that are filtered", "--filter --report")
 
 
 def _check_settings(config: SplitConfig) -> None:

@@ -7,13 +7,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
-from opensora_core.config import SplitConfig
+from opensora_core.config import FilterConfig, SplitConfig
+from opensora_core.curation import filters
 from opensora_core.curation.crew import Crew, Lost, Returned, Said
 from opensora_core.curation.events import (
     Event,
+    FilterDone,
     PlannedSource,
     SourceSplit,
     SplitDone,
@@ -77,9 +80,12 @@ def split(config: SplitConfig, request: Request) -> Iterator[Event]:
             records.write_tables()
         if request.shard is None:
             records.remove_orphans(records.read().keys())
-        run = _Run(plan, began)
+        run = _Run(plan, began, is_filtered=(limits := _limits(request)) is not None)
         yield from run.go()
-        yield from _finish(plan, run)
+        sifted = None
+        if limits is not None:
+            sifted = yield from _filter(plan, limits)
+        yield from _finish(plan, run, sifted)
 
 
 def examine(config: SplitConfig, request: Request) -> Iterator[Event]:
@@ -108,14 +114,19 @@ def examine(config: SplitConfig, request: Request) -> Iterator[Event]:
         elif isinstance(word, Returned):
             planned.append(_planned(config, word.task, word.result))
     planned.sort(key=lambda item: os.fsencode(item.source))
-    yield SplitPlan(request.output, tuple(planned), len(plan.skipped), _making(config), tuple(notices))
+    making = _making(config)
+    if (limits := _limits(request)) is not None:
+        told = ", ".join(f"{name} = {value:g}" for name, value in filters.limits_of(limits).items())
+        making = f"{making}, then filtered: {told or 'no limits'}"
+    yield SplitPlan(request.output, tuple(planned), len(plan.skipped), making, tuple(notices))
 
 
 class _Run:
     """Works through the tasks of a plan."""
 
-    def __init__(self, plan: Plan, began: float) -> None:
+    def __init__(self, plan: Plan, began: float, *, is_filtered: bool = False) -> None:
         self.plan = plan
+        self._is_filtered = is_filtered
         self.began = began
         self.done_seconds = 0.0
         self.num_done = 0
@@ -126,7 +137,10 @@ class _Run:
         self._lengths: dict[int, float] = {}  # of what each process has in work
 
     def go(self) -> Iterator[Event]:
-        """Split, and commit what is whole. However it ends, nothing half done is left, and the tables are written."""
+        """Split, and commit what is whole. However it ends, nothing half done is left, and the tables are written.
+
+        The tables of a folder that is filtered are left to who filters: no clip is listed before it is judged.
+        """
         plan, config = self.plan, self.plan.config
         crew: Crew[Job, Task, Result] = Crew(
             split_source,
@@ -163,9 +177,11 @@ class _Run:
             with suppress(ResourceError):  # the disk may be full; the next run writes them
                 if plan.request.shard is None:
                     plan.records.remove_orphans(plan.records.read().keys())
-                plan.records.write_tables()
+                if not self._is_filtered:
+                    plan.records.write_tables()
             raise
-        plan.records.write_tables()
+        if not self._is_filtered:  # else the clips are measured first
+            plan.records.write_tables()
 
     def _hear(self, word: Said[Task]) -> None:
         if isinstance(word.word, Header):
@@ -224,7 +240,36 @@ class _Run:
         )
 
 
-def _finish(plan: Plan, run: _Run) -> Iterator[Event]:
+def _limits(request: Request) -> FilterConfig | None:
+    """What the folder is filtered with: what is asked for, or what it was filtered with before."""
+    if request.filter is not None or request.shard is not None:
+        return request.filter
+    return filters.saved_settings(request.output)
+
+
+def _filter(plan: Plan, limits: FilterConfig) -> Generator[Event, None, FilterDone]:
+    """Measure the clips, write the tables, and leave out of them what is beyond a limit."""
+    request, records = plan.request, plan.records
+    names = sorted(records.read())
+    measured = 0
+    for progress in filters.measure_first(
+        [clip for name in names for clip in records.rows(name)[1]], limits, request.output
+    ):
+        measured = progress.done
+        yield progress
+    records.write_tables()
+    if not (request.output / MANIFEST_FILE).stat().st_size:
+        return FilterDone(request.output / MANIFEST_FILE, 0, 0, 0.0, {}, {}, 0, 0.0)
+    done = None
+    for event in filters.sift(request.output / MANIFEST_FILE, limits, request.output, report=request.report):
+        if isinstance(event, FilterDone):
+            event = done = replace(event, measured=event.measured + measured)  # noqa: PLW2901
+        yield event
+    assert done is not None
+    return done
+
+
+def _finish(plan: Plan, run: _Run, sifted: FilterDone | None = None) -> Iterator[Event]:
     """Write what was asked for besides the clips, and tell what there is."""
     request, records = plan.request, plan.records
     ordered = sorted(records.read().values(), key=lambda item: (os.fsencode(item.source), item.name))
@@ -253,6 +298,9 @@ def _finish(plan: Plan, run: _Run) -> Iterator[Event]:
         page = request.output / PREVIEW_FILE
         facts = f"{num_clips} clips of {clip_seconds:.0f} s from {len(ordered)} sources of {source_seconds:.0f} s"
         write_page(page, ((*records.rows(item.name), _sheet(records, item)) for item in ordered), facts)
+    if sifted is not None:
+        num_clips, clip_seconds = sifted.num_kept, sifted.kept_seconds
+        left_out |= {f"filter.{name}": lost for name, lost in sifted.refused.items()}
     if not num_clips and request.shard is None:
         lost = Counter(reasons)
         lost.update({reason: count for reason, (count, _) in left_out.items()})
