@@ -26,6 +26,19 @@ _osora() {
         "sample --format") COMPREPLY=($(compgen -W 'mp4 gif webp png' -- "$current")); compopt +o default; return ;;
         "sample --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "sample --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
+        "download --all-for") COMPREPLY=($(compgen -W 'sample train' -- "$current")); compopt +o default; return ;;
+        "download --to") return ;;
+        "download --from") compopt +o default; return ;;
+        "download --preset") COMPREPLY=($(compgen -W 'tiny 1x256x256 1x512x512 16x256x256 16x256x256-hq 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
+        "download --metadata") return ;;
+        "download --query") compopt +o default; return ;;
+        "download --min-height") compopt +o default; return ;;
+        "download --limit") compopt +o default; return ;;
+        "download --config") return ;;
+        "download --set") compopt +o default; return ;;
+        "download --output"|"download -o") return ;;
+        "download --workers") compopt +o default; return ;;
+        "download --max-rate") compopt +o default; return ;;
         "split --detector") COMPREPLY=($(compgen -W 'auto content adaptive threshold histogram hash' -- "$current")); compopt +o default; return ;;
         "split --threshold") compopt +o default; return ;;
         "split --boundaries") return ;;
@@ -38,12 +51,31 @@ _osora() {
         "split --codec") COMPREPLY=($(compgen -W 'libx264 libx265 h264_nvenc hevc_nvenc h264_videotoolbox auto' -- "$current")); compopt +o default; return ;;
         "split --codec-preset") COMPREPLY=($(compgen -W 'ultrafast veryfast faster fast medium slow' -- "$current")); compopt +o default; return ;;
         "split --crf") compopt +o default; return ;;
+        "split --why") compopt +o default; return ;;
         "split --config") return ;;
         "split --set") compopt +o default; return ;;
         "split --output"|"split -o") return ;;
         "split --stats") return ;;
         "split --workers") compopt +o default; return ;;
         "split --shard") compopt +o default; return ;;
+        "caption --model"|"caption -m") COMPREPLY=($(compgen -W 'tiny labels sidecars hf: openai:' -- "$current")); return ;;
+        "caption --base-url") compopt +o default; return ;;
+        "caption --quantise") COMPREPLY=($(compgen -W 'none 8bit 4bit' -- "$current")); compopt +o default; return ;;
+        "caption --frames") compopt +o default; return ;;
+        "caption --layout") COMPREPLY=($(compgen -W 'auto separate grid' -- "$current")); compopt +o default; return ;;
+        "caption --prompt") return ;;
+        "caption --temperature") compopt +o default; return ;;
+        "caption --max-tokens") compopt +o default; return ;;
+        "caption --language") compopt +o default; return ;;
+        "caption --config") return ;;
+        "caption --set") compopt +o default; return ;;
+        "caption --output"|"caption -o") return ;;
+        "caption --preview") compopt +o default; return ;;
+        "caption --batch-size") compopt +o default; return ;;
+        "caption --gpus") compopt +o default; return ;;
+        "caption --requests") compopt +o default; return ;;
+        "caption --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
+        "caption --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
         "train --data") COMPREPLY=($(compgen -W 'world' -- "$current")); compopt +o default; return ;;
         "train --cache") return ;;
         "train --max-rejects") compopt +o default; return ;;
@@ -78,9 +110,11 @@ _osora() {
         "bench --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
     esac
     case "$verb" in
-        '') words='sample split train bench --version --help' ;;
+        '') words='sample download split caption train bench --version --help' ;;
         'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
-        'split') words='--detector --threshold --fast --boundaries --min-seconds --max-seconds --trim --fps --short-side --crop-black-bars --no-audio --audio --cut --codec --codec-preset --crf --fast-decode --config --set --output --redo --preview --stats --workers --shard --dry-run --print-config --json --debug --help' ;;
+        'download') words='data opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms sd-vae-ft-ema sd-vae-ft-mse t5-v1_1-xxl clip-vit-b-32 --all-for --list --verify --to --from --preset --metadata --query --min-height --limit --config --set --output --workers --max-rate --offline --dry-run --print-config --json --debug --help' ;;
+        'split') words='--detector --threshold --fast --boundaries --min-seconds --max-seconds --trim --fps --short-side --crop-black-bars --no-audio --audio --cut --codec --codec-preset --crf --fast-decode --no-filter --filter --only-filter --why --report --config --set --output --redo --preview --stats --workers --shard --dry-run --print-config --json --debug --help' ;;
+        'caption') words='--model --base-url --quantise --frames --layout --prompt --temperature --max-tokens --clean --camera --language --config --set --output --redo --retry-failed --preview --batch-size --gpus --requests --device --dtype --offline --dry-run --print-config --json --debug --help' ;;
         'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --print-config --json --debug --help' ;;
         'bench') words='world train data split --model --preset --quick --prompts --seeds --data --output --config --set --device --dtype --json --debug --help' ;;
     esac

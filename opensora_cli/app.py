@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_cli import bench, options, sample, split, train
+from opensora_cli import bench, caption, download, options, sample, split, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -57,7 +57,9 @@ def _root(
 
 
 app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+app.command("download", epilog=download.EXAMPLES)(download.download)
 app.command("split", epilog=split.EXAMPLES)(split.split)
+app.command("caption", epilog=caption.EXAMPLES)(caption.caption)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
