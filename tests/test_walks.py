@@ -8,6 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,10 @@ from PIL import Image
 
 from opensora_cli.app import run
 from opensora_core.media import read_frames, read_video
+from tests.core.curation.captions.loopback import TEXT, serving
+from tests.core.curation.captions.small import build, rows_of
+from tests.core.net.loopback import file as page_of
+from tests.core.net.loopback import running
 
 VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
 CLASSES = {
@@ -103,3 +110,72 @@ def test_a_folder_of_pictures_becomes_a_model_and_an_adapter(tmp_path: Path) -> 
     assert run([*sample, "--output", str(tmp_path / "box.png")]) == 0
     with Image.open(tmp_path / "box.png") as image:
         assert image.size == (64, 64)
+
+
+def _killed_when(words: list[str], is_begun: Callable[[], bool]) -> None:
+    """Run a command in a process group of its own, and kill all of it once something lies there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opensora_cli", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not is_begun():
+        time.sleep(0.01)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("captioner", [pytest.param("llava", marks=pytest.mark.slow), "server"])
+def test_a_list_of_links_becomes_captioned_clips_though_every_step_is_killed(captioner: str, tmp_path: Path) -> None:
+    raw, clips, captions = tmp_path / "raw", tmp_path / "clips", tmp_path / "clips" / "captions.jsonl"
+    files = ("psd_testvideo.mp4", "mdn_elf.mp4", "skv_bikes.mp4", "mdn_frog.mp4")
+    with running() as site, serving() as server:
+        site.pages = {f"/{name}": page_of((VIDEOS / name).read_bytes()) for name in files}
+        (tmp_path / "urls.txt").write_text("".join(f"{site.url}/{name}\n" for name in files))
+        download = ["download", "data", str(tmp_path / "urls.txt"), "--output", str(raw), "--workers", "1"]
+        download += ["--set=download.allow_private=true"]
+        _killed_when(download, lambda: any((raw / "files").glob("*.mp4")))
+        assert run(download) == 0
+        fetched = rows_of(raw / "manifest.jsonl")
+        assert len(fetched) == len({row["sha256"] for row in fetched}) == len(files)
+        assert all(site.count(f"/{name}") <= 2 for name in files)  # HEAD or a second try; never all over again
+
+        split = ["split", str(raw / "manifest.jsonl"), "--output", str(clips), "--short-side", "64", "--workers", "1"]
+        split += ["--filter", "--set=filter.max_still=0.9"]
+        _killed_when(split, lambda: any((clips / ".split/sources").glob("*.record")))
+        assert run(split) == 0
+        listed = rows_of(clips / "manifest.jsonl")
+        assert {row["status"] for row in rows_of(clips / "sources.jsonl")} == {"ok"}
+        assert len(listed) == len({row["path"] for row in listed}) > len(files)
+        assert all(row["scores"]["still"] <= 0.9 for row in listed)
+
+        if captioner == "llava":
+            words = [
+                "--model",
+                str(build(tmp_path / "llava", "llava")),
+                "--max-tokens",
+                "8",
+                "--batch-size",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        else:
+            words = ["--model", "openai:small", "--base-url", server.url, "--requests", "1"]
+            server.delay_seconds = 0.05
+        caption = ["caption", str(clips / "manifest.jsonl"), *words]
+        _killed_when(caption, lambda: captions.exists() and captions.read_bytes().count(b"\n") > 0)
+        assert run(caption) == 0
+        told = rows_of(captions)
+        assert [row["path"] for row in told] == [row["path"] for row in listed]
+        if captioner == "server":
+            assert {row["caption"] for row in told} == {TEXT}
+            assert len(server.seen) <= len(listed) + 2  # those in flight when it was killed are asked for again
+        small = [f"--set=video.{name}={value}" for name, value in (("height", 48), ("width", 64), ("num_frames", 4))]
+        train = [*STAGE_2, *small, "--data", str(captions), "--steps", "2", "--output", str(tmp_path / "run")]
+        assert run([*train, "--set=train.batch_size=1"]) == 0
+        steps = rows_of(tmp_path / "run/metrics.jsonl")
+        assert set(steps[-1]["sample_ids"]) <= {row["path"] for row in told}
