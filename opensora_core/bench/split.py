@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import scenedetect
 
 from opensora_core.bench.joined import WIPES, Frames, Label, Reel
 from opensora_core.bench.measurement import Event, Measurement
@@ -29,6 +30,7 @@ WAYS: dict[str, tuple[str, bool]] = {
     "adaptive": ("adaptive", False),
 }
 """Name -> detector of `DETECTORS`, and whether it looks at keyframes first."""
+RIVAL = "PySceneDetect reading by itself"
 GRADUAL = ("dissolve", "fade", "wipe")
 
 
@@ -105,7 +107,7 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
         videos = read_labels(folder)
         yield Notice(f"{len(videos)} videos in {'a folder made here' if source is None else source}")
         counts: dict[str, Count] = {name: Count() for name in WAYS}
-        spent = dict.fromkeys(["decoding alone", *WAYS], 0.0)
+        spent = dict.fromkeys(["decoding alone", RIVAL, *WAYS], 0.0)
         num_frames = 0
         for number, (path, labels) in enumerate(videos.items()):
             yield Progress("finding shots", number, len(videos), None)
@@ -116,11 +118,14 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
                 begin = time.process_time()
                 counts[name].add(detect(path, detector, fast=fast).boundaries, labels)
                 spent[name] += time.process_time() - begin
+            begin = time.process_time()
+            scenedetect.detect(str(path), scenedetect.ContentDetector())
+            spent[RIVAL] += time.process_time() - begin
         for name, count in counts.items():
             yield from _report(name, count)
             share = spent[name] / spent["decoding alone"]
             yield Measurement(name, "CPU time against decoding alone", share, "x", num_frames)
-        for name in ("content", "adaptive"):
+        for name in ("content", "adaptive", RIVAL):
             yield Measurement("auto", f"CPU time against {name}", spent["auto"] / spent[name], "x", num_frames)
         yield Measurement("auto --fast", "times as fast as auto", spent["auto"] / spent["auto --fast"], "x", num_frames)
 
