@@ -25,6 +25,10 @@ AROUND = 6  # frames on either side that a cut has to stand out from
 # it explains that, beside a noise in levels
 RETURNED, _MOVED, _NOISE = 0.12, 0.5, 4.0
 _STARTLING = 2.0  # times the change around: a moving camera also comes near to where it was
+# of the threshold, what happens on the quieter side of a cut and on the busier one, when one of them stands still
+_STILL, _BUSY = 4.0, 0.4
+_FLASHED = 0.25  # share of the change in a flash that counts as around a cut
+_FLASHING = 3.0  # levels that a flash changes the picture at least
 _SHORT_FADE = 3  # frames; what goes dark faster is a cut
 _LONG_FADE = 75
 _BLACK, _WHITE, _GREY = 30.0, 222.0, 10.0  # luma below or above, and chroma around grey, of blank pictures
@@ -86,7 +90,7 @@ class Found:
 def decide(curves: Curves, fps: float, options: AutoOptions) -> tuple[list[Found], Curve]:
     """All boundaries in order, and the curve of scores; 1 and more is a cut where nothing speaks against it."""
     flash = _flashes(curves, fps, options)
-    score = _stands_out(np.where(flash, 0, curves.change).astype(np.float32), options)
+    score = _stands_out(curves.change, flash, options)
     fades = _fades(curves, flash, options)
     cuts = [cut for cut in _cuts(curves, score, flash, options) if not cut.touches(fades)]
     wipes = _wipes(curves.wipes, options)
@@ -107,7 +111,7 @@ def _flashes(curves: Curves, fps: float, options: AutoOptions) -> Mask:
     longest = min(max(round(options.flash_seconds * fps), 2), max(RETURNS) - 1)  # frames
     step = np.sqrt(curves.distances[1])
     lags = [lag for lag in RETURNS if 2 <= lag <= longest + 1]
-    for frame in np.flatnonzero(curves.change >= options.min_change).tolist():
+    for frame in np.flatnonzero(curves.change >= max(options.min_change, _FLASHING)).tolist():
         went = step[frame - 1]
         usual = float(np.median(step[max(frame - 1 - AROUND, 0) : frame + AROUND]))
         for first, last in [(frame - 1, frame - 1 + lag) for lag in lags] + [(frame - lag, frame) for lag in lags]:
@@ -134,16 +138,23 @@ def _usual(change: Curve, first: int, last: int) -> float:
     return float(around.mean()) + 1.0 if len(around) else 1.0
 
 
-def _stands_out(change: Curve, options: AutoOptions) -> Curve:
-    """(N,) change over that of the frames around, 1 at the threshold."""
-    padded = np.pad(change, AROUND)
+def _stands_out(change: Curve, flash: Mask, options: AutoOptions) -> Curve:
+    """(N,) change over that of the frames around, 1 at the threshold; 0 in flashes."""
+    # a flash hides little of a cut beside it, but where one follows the other nothing stands out
+    shown = np.where(flash, change * np.float32(_FLASHED), change)
+    padded = np.pad(shown, AROUND)
+    inside = np.lib.stride_tricks.sliding_window_view(np.pad(np.ones_like(change), AROUND), 2 * AROUND + 1)
     views = np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1)
     score = np.empty(len(change), np.float32)
     for first in range(0, len(change), 4096):  # in pieces, as the windows take 13 times the room
         view = np.delete(views[first : first + 4096], AROUND, axis=1)
-        around = 0.5 * view.max(axis=1) + 0.5 * view.mean(axis=1) + 1
-        score[first : first + 4096] = change[first : first + 4096] / around / options.threshold
-    return score
+        around = options.threshold * (0.5 * view.max(axis=1) + 0.5 * view.mean(axis=1) + 1)
+        # where one of the shots stands still, what moves in the other hides the cut less
+        sides = view[:, :AROUND].max(axis=1), view[:, AROUND:].max(axis=1)
+        one_sided = options.threshold * np.maximum(_STILL * (np.minimum(*sides) + 1), _BUSY * np.maximum(*sides))
+        whole = inside[first : first + 4096].all(axis=1)  # nothing is known of what is before the first frame
+        score[first : first + 4096] = np.where(whole, np.minimum(around, one_sided), around)
+    return np.where(flash, 0, change / score).astype(np.float32)
 
 
 def _cuts(curves: Curves, score: Curve, flash: Mask, options: AutoOptions) -> list[Found]:
@@ -235,7 +246,9 @@ def _dissolves(curves: Curves, flash: Mask, options: AutoOptions) -> list[Found]
             np.sqrt(curves.distances[reach][new.clip(max=max(total - 1 - reach, 0))] / apart),
         ]
         first, share, last = shares
-        cost = worst + _MOTION * (moved[0] + moved[1]) + abs(share - 0.5) + (0.05 - first).clip(0) + (last - 0.95).clip(0)
+        cost = (
+            worst + _MOTION * (moved[0] + moved[1]) + abs(share - 0.5) + (0.05 - first).clip(0) + (last - 0.95).clip(0)
+        )
         allowed = (0.019 * (np.sqrt(apart) - 5)).clip(1e-3, options.gradual or 1e-3)
         fits = (first < share) & (share < last) & (share > 0.15) & (share < 0.85) & ~flash[old] & ~flash[new]
         score = np.where(fits, allowed / np.maximum(cost, 1e-3), 0)

@@ -73,6 +73,8 @@ def serving() -> Iterator[Loopback]:
                 self.end_headers()
                 self.wfile.write(good[: len(good) // 2])
                 self.close_connection = True
+            elif kind == "endless":
+                self.reply(200, good.replace(b": 100", b": Infinity"), {})
             elif kind == "odd":
                 self.reply(200, b'{"choices": []}', {})
             else:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from opensora_core.config import Config, with_settings
-from opensora_core.curation.captions import build_captioner, local
+from opensora_core.curation.captions import build_captioner, local, processor
+from opensora_core.curation.captions.folder import OWN_FILE
 from opensora_core.curation.captions.local import Local, _Draw
 from opensora_core.curation.captions.protocol import Shown
 from opensora_core.data import Clip
@@ -125,15 +126,47 @@ def test_it_stops_within_a_word(llava: Path, prompt: Path) -> None:
 def test_a_folder_says_how_it_wants_to_be_asked(llava: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llava, tmp_path / "own")
     own = {"frames": 2, "at": [0.1, 0.9], "prompt": "describe", "max_tokens": 4}
-    (folder / local.OWN_FILE).write_text(json.dumps(own))
+    (folder / OWN_FILE).write_text(json.dumps(own))
     captioner = build_captioner(with_settings(config_for(folder), {"caption.max_tokens": 0}))
     assert captioner.at == (0.1, 0.9)
     assert captioner.facts["prompt"] == "describe"
     assert (captioner.facts["layout"], captioner.facts["max_tokens"]) == ("separate", "4")
     assert build_captioner(config_for(folder, at="0.5")).at == (0.5,), "what is asked for goes first"
-    (folder / local.OWN_FILE).write_text('{"at": ["x"]}')
-    with pytest.raises(CheckpointError, match=r"osora\.json cannot be read"):
-        build_captioner(config_for(folder))
+    for wrong in ('{"at": ["x"]}', '{"frames": Infinity}', '{"frames": 1000000000}', '{"prompt": 3}', "["):
+        (folder / OWN_FILE).write_text(wrong)
+        with pytest.raises(CheckpointError, match=r"osora\.json cannot be read"):
+            build_captioner(config_for(folder))
+
+
+def test_a_clip_that_the_processor_refuses_costs_only_itself(
+    llava: Path, prompt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = loaded(llava, prompt=str(prompt), layout="separate")
+    real = captioner._processor
+
+    def picky(images: Any, **rest: Any) -> Any:
+        if any(image.width > 10 * image.height for image in images):
+            raise ValueError("absolute aspect ratio must be smaller than 10")
+        return real(images=images, **rest)
+
+    picky.tokenizer, picky.chat_template = real.tokenizer, real.chat_template  # type: ignore[attr-defined]
+    picky.apply_chat_template = real.apply_chat_template  # type: ignore[attr-defined]
+    monkeypatch.setattr(captioner, "_processor", picky)
+    narrow = Shown(3, Clip(Path("/clips/3.mp4")), [np.zeros((4, 60, 3), np.uint8)] * 3)
+    said = say(captioner, [shown(0), narrow, shown(2)])
+    assert [words.failed for words in said] == [False, True, False]
+    assert "aspect ratio" in said[1].reason
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_told_as_such(llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("<image> <image> what?")
+    (words,) = say(loaded(llava, prompt=str(tmp_path / "p.txt")), [shown(0)])
+    assert words.failed
+    assert words.reason
+
+
+def test_tiny_is_tiny_wherever_it_is_installed() -> None:
+    assert build_captioner(config_for("tiny")).facts["model"] == "tiny"
 
 
 def test_tiny_says_plainly_where_it_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +184,9 @@ def test_what_is_no_captioner_is_refused(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         build_captioner(config_for("llava-hf/llava-1.5"))
     assert "hf:llava-hf/llava-1.5" in refused.value.hint
+    with pytest.raises(UsageError) as refused:
+        build_captioner(config_for("tinyy"))
+    assert "'tiny'" in refused.value.hint
     with pytest.raises(ConfigError, match="negative"):
         build_captioner(config_for(llava, temperature=-1.0))
     (tmp_path / "config.json").write_text('{"model_type": "git"}')
@@ -178,14 +214,17 @@ def test_missing_weights_are_refused(llava: Path, tmp_path: Path) -> None:
 
 
 def test_what_torchvision_is_needed_for_is_said(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(processor.importlib.util, "find_spec", lambda name: None)
     folder = shutil.copytree(llava, tmp_path / "onevision")
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["processor_class"] = "LlavaOnevisionProcessor"
     (folder / "processor_config.json").write_text(json.dumps(settings))
     if not HAS_TORCHVISION:
         with pytest.raises(CheckpointError, match="torchvision, which is not installed"):
-            local._processor(folder, "llava_onevision")
+            processor.load_processor(folder, "llava_onevision")
+    release, _, built = torch.__version__.partition("+")
+    assert f"torchvision torch=={release}" in processor.how_to_install(), "another torch is not to take its place"
+    assert not built or f"/whl/{built} " in processor.how_to_install()
     with pytest.raises(UsageError, match="bitsandbytes, which is not installed"):
         build_captioner(config_for(llava, quantise="4bit"))
 

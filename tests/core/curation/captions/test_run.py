@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from opensora_core.config import Config, with_settings
 from opensora_core.curation.captions import CaptionDone, CaptionPlan, CaptionRequest, caption, examine
@@ -122,6 +126,110 @@ def test_a_clip_named_twice_is_described_once_and_written_twice(beside: Path) ->
     assert [row["num_frames"] for row in rows_of(done.output) if row["path"] == "0.mp4"] == [10, 99]
 
 
+def test_what_an_earlier_step_left_out_and_no_longer_does_is_described(beside: Path) -> None:
+    rows = rows_of(beside)
+    rows[2] |= {"status": "rejected", "reason": "too dark"}
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(config_for(), beside).passed == 1
+    del rows[2]["status"], rows[2]["reason"]
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(config_for(), beside)
+    assert (done.captioned, done.passed) == (1, 0)
+    assert [row["caption"][-2:] for row in rows_of(done.output)] == [f"{number}." for number in (0, 1, 2, 4, 5)]
+
+
+def test_several_captions_of_one_clip_are_all_kept(beside: Path) -> None:
+    words = ["", "a cat", "", "a dog"]
+    rows = [{"path": "0.mp4", **({"caption": word} if word else {})} for word in words]
+    rows.append({"path": "1.mp4"})
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        done = run(config_for(), beside)
+        assert done.kept == 2
+        told = [row["caption"] for row in rows_of(done.output)]
+        assert told == ["a cat", "a cat", "a cat", "a dog", "The video shows clip 1."], "what is known is not asked"
+    assert done.captioned == 0
+
+
+def test_what_another_run_is_writing_beside_it_is_left_alone(beside: Path) -> None:
+    part = beside.parent / ".osora-0123456789ab.part"
+    part.write_bytes(b"half")
+    dead = beside.parent / ".captions.jsonl" / ".osora-0123456789ab.part"
+    dead.parent.mkdir()
+    dead.write_bytes(b"half")
+    run(config_for(), beside)
+    assert part.exists()
+    assert not dead.exists()
+
+
+def test_rejects_of_another_manifest_are_not_thrown_away(beside: Path) -> None:
+    rows = rows_of(beside)
+    run(config_for(), beside)
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    for retry_failed in (False, True):
+        done = run(config_for(), beside, retry_failed=retry_failed)
+        assert [row["path"] for row in rows_of(beside.parent / "captions.rejects.jsonl")] == ["3.mp4"]
+        assert done.rejected == {}
+
+
+def test_the_rejects_never_stand_on_what_is_read_or_on_other_files(beside: Path) -> None:
+    source = beside.rename(beside.parent / "c.rejects.jsonl")
+    before = source.read_bytes()
+    with pytest.raises(UsageError, match="is what is read"):
+        run(config_for(), source, output=beside.parent / "c.jsonl")
+    with pytest.raises(UsageError, match="how the rejects"):
+        run(config_for(), source, output=beside.parent / "d.rejects.jsonl")
+    (beside.parent / "e.rejects.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match="no caption run made it"):
+        run(config_for(), source, output=beside.parent / "e.jsonl")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["workers", "side", "price_out", "clip_seconds", "gpus"])
+def test_numbers_that_cannot_be_are_refused(beside: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"caption.{name} = -1"):
+        run(config_for(**{name: -1}), beside)
+
+
+def test_a_pipe_is_not_waited_for(beside: Path) -> None:
+    os.mkfifo(beside.parent / "3.txt")
+    assert run(config_for(), beside).captioned == 5
+
+
+def test_a_captioner_with_much_to_say_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """More clips are unseen than the belt holds, before anybody listens."""
+    from opensora_core.curation.captions import Words
+    from opensora_core.curation.captions.frames import Unseen
+    from opensora_core.curation.captions.lanes import Described, Lanes
+    from opensora_core.curation.captions.protocol import Shown
+    from opensora_core.data import Clip
+
+    class Slow:
+        batch_size, lanes, is_local = 4, 1, True
+
+        def load(self, device: str) -> None:
+            time.sleep(0.3)
+
+        def prepare(self, clips: list[Shown]) -> list[Shown]:
+            return clips
+
+        def describe(self, clips: list[Shown], should_stop: Any) -> list[Words]:
+            return [Words("x")] * len(clips)
+
+    clip = Clip(tmp_path / "a.mp4")
+    source = [Unseen(number, clip, "torn") if number < 900 else Shown(number, clip) for number in range(2000)]
+    lanes = Lanes(Slow(), ["cpu"], source)  # type: ignore[arg-type]
+    lanes.start()
+    heard, most, end = 0, 0, time.monotonic() + 20
+    while heard < 2000 and time.monotonic() < end:
+        words = lanes.listen(0.5)
+        most = max(most, len(words))
+        heard += sum(len(word.clips) if isinstance(word, Described) else isinstance(word, Unseen) for word in words)
+    lanes.close()
+    assert heard == 2000
+    assert most <= 257
+
+
 def test_a_torn_line_is_mended_and_nothing_else_is_done_again(beside: Path) -> None:
     output = run(config_for(), beside).output
     whole = output.read_bytes()
@@ -216,6 +324,27 @@ def test_hostile_files_are_rejected_with_their_reasons(tmp_path: Path, server: L
     assert page.count("data:image/jpeg") == 3
     assert TEXT in page
     assert "no such video file" in page
+
+
+def test_the_page_shows_small_pictures_and_says_what_is_missing(tmp_path: Path, server: Loopback) -> None:
+    manifest = write_clips(tmp_path, 2, size=(360, 640))
+    (tmp_path / "001.mp4").write_bytes(b"no video")
+    page = (
+        run(config_for("openai:small", base_url=server.url, side=0), manifest, preview=2).preview or Path()
+    ).read_text()
+    pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in re.findall(r'base64,([^"]+)"', page)]
+    assert [picture.size for picture in pictures] == [(320, 180)] * 3
+    assert 'class="reason"' in page.partition("001.mp4")[2]
+
+
+def test_captions_that_no_manifest_can_hold_are_mended_or_left_out(tmp_path: Path, server: Loopback) -> None:
+    manifest = write_clips(tmp_path, 1)
+    server.text = "A\x00 cat\x1b \ud800sits.\r\nIt\tpurrs."
+    done = run(config_for("openai:small", base_url=server.url), manifest)
+    assert read_manifest(done.output)[0].caption == "A cat sits.\r\nIt\tpurrs."
+    server.text = "." * 30_000
+    with pytest.raises(InputError, match="30000 characters"):
+        run(config_for("openai:small", base_url=server.url, clean=True), manifest, redo=True)
 
 
 def test_captions_of_another_language_are_left_out(tmp_path: Path, server: Loopback) -> None:

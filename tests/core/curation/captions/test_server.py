@@ -66,7 +66,7 @@ def test_a_grid_is_one_picture(server: Loopback) -> None:
     assert len(server.seen[0][1]["messages"][0]["content"]) == 2
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "html", "half", "odd", "hang"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "html", "half", "odd", "endless", "hang"])
 def test_a_fault_that_passes_costs_no_caption(server: Loopback, fault: str) -> None:
     server.faults, server.hang_seconds = [fault, fault], 1.5
     assert say(config_for(server, request_seconds=0.5)).text == TEXT
@@ -152,6 +152,28 @@ def test_a_dead_server_ends_the_run_and_marks_no_clip(server: Loopback, tmp_path
     server.always = ""
     *_, done = caption(config_for(server), CaptionRequest(manifest))
     assert done.captioned == 12
+
+
+def test_where_nothing_ever_came_of_a_server_no_clip_is_marked(server: Loopback, tmp_path: Path) -> None:
+    manifest = write_clips(tmp_path, 2)
+    server.always = "500"
+    with pytest.raises(OsoraError, match=r"failed on \d clips? one after the other"):
+        list(caption(config_for(server, retries=0), CaptionRequest(manifest)))
+    server.always = ""
+    *_, done = caption(config_for(server), CaptionRequest(manifest))
+    assert isinstance(done, CaptionDone) and done.captioned == 2
+
+
+def test_a_login_in_the_address_is_never_told(server: Loopback) -> None:
+    address = server.url.replace("http://", "http://bob:hunter2@")
+    server.always = "404"
+    with pytest.raises(OsoraError) as refused:
+        say(config_for(server, base_url=address))
+    with pytest.raises(UsageError) as odd:
+        build_captioner(config_for(server, base_url="bob:hunter2@localhost/v1"))
+    for error in (refused.value, odd.value):
+        assert "hunter2" not in error.message + error.hint
+    assert "hunter2" not in build_captioner(config_for(server, base_url=address)).about
 
 
 def test_a_clip_that_fails_is_kept_with_its_reason_and_tried_again(server: Loopback, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,18 @@ def test_the_camera_is_read_from_the_flow(motion: dict[str, float], said: str) -
     frames = scene(**motion)
     pairs = camera.pairs(len(frames), 24.0)
     assert camera.describe([camera.motion_between(frames[a], frames[b], (b - a) / 24) for a, b in pairs]) == said
+
+
+@pytest.mark.parametrize("weather", ["clear", "rain"])
+def test_an_object_that_moves_is_no_camera(weather: str) -> None:
+    from opensora_core import world
+
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        frames = world.render(dataclasses.replace(world.draw_scene(rng, "seen"), weather=weather), rng)
+        pairs = camera.pairs(len(frames), 8.0)
+        told = camera.describe([camera.motion_between(frames[a], frames[b], (b - a) / 8) for a, b in pairs])
+        assert told in ("", "The camera is static.")
 
 
 def test_of_an_empty_picture_nothing_is_said_about_the_camera() -> None:

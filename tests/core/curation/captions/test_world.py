@@ -16,6 +16,7 @@ from opensora_core import world
 from opensora_core.assets.search import BUNDLED_FOLDER
 from opensora_core.curation.captions import tiny
 from opensora_core.curation.captions import world as captioner
+from opensora_core.curation.captions.lessons import FRAMES
 from opensora_core.errors import InputError
 from opensora_core.media import write_video
 
@@ -40,9 +41,9 @@ def test_it_is_small_and_everyone_may_read_it() -> None:
 @shipped
 def test_its_settings_are_those_it_was_trained_with() -> None:
     settings = json.loads((SHIPPED / tiny.SETTINGS_FILE).read_text())
-    assert settings["frames"] == len(settings["at"]) == len(captioner.FRAMES)
+    assert settings["frames"] == len(settings["at"]) == len(FRAMES)
     last = world.NUM_FRAMES - 1
-    assert [round(at * last) for at in settings["at"]] == list(captioner.FRAMES)
+    assert [round(at * last) for at in settings["at"]] == list(FRAMES)
     assert settings["prompt"] == tiny.PROMPT and settings["max_tokens"] == tiny.MAX_TOKENS
 
 

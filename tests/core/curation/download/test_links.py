@@ -188,7 +188,7 @@ def test_requests_that_make_no_sense_are_refused(shelf, get, tmp_path):
     (tmp_path / "l.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="no column of links"):
         get(tmp_path / "l.csv")
-    (tmp_path / "out" / "manifest.jsonl").unlink()
+    assert not list((tmp_path / "out").glob("*.jsonl"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.jsonl").write_text("")
     with pytest.raises(UsageError, match="no download made it"):
@@ -203,6 +203,27 @@ def test_names_that_lead_elsewhere_are_refused(name):
 
 def test_names_keep_their_folders_and_lose_what_is_odd():
     assert safe_path("./a b/.hidden/ü%d.mp4") == "a_b/hidden/ü_d.mp4"
+
+
+def test_names_are_as_long_as_file_systems_take():
+    place = safe_path("ü" * 300 + "/" + "視" * 300 + ".mp4")
+    assert place.endswith("視.mp4")
+    assert max(len(part.encode()) for part in place.split("/")) <= 150
+    with pytest.raises(ValueError, match="folders"):
+        safe_path("a/" * 500 + "b.mp4")
+
+
+def test_one_content_has_a_row_for_each_range_and_no_row_twice(server, get, tmp_path):
+    for name in ("a", "b", "c"):
+        server.pages[f"/{name}.mp4"] = file(mp4(1))
+    links = [(name, *span) for name in ("a", "b", "c") for span in ((0, 2), (2, 4))]
+    rows = [{"link": f"{server.url}/{name}.mp4", "start": start, "end": end} for name, start, end in links]
+    rows.append({"link": f"{server.url}/c.mp4"})
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    get(tmp_path / "l.jsonl")
+    found = [(row.get("start_seconds"), row.get("end_seconds")) for row in table(tmp_path / "out")]
+    assert sorted(found, key=str) == [(0.0, 2.0), (2.0, 4.0), (None, None)]
+    assert get(tmp_path / "l.jsonl")[-1].num_before == 7
 
 
 def test_the_world_is_rendered_with_its_captions(get, tmp_path):

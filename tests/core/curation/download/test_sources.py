@@ -157,6 +157,52 @@ def test_a_torn_archive_keeps_what_is_whole(get, tmp_path):
     assert "cannot be read" in reasons(get("inter4k", tmp_path / "x.zip"))
 
 
+def test_members_that_are_called_alike_are_all_kept(get, tmp_path):
+    zipped(tmp_path / "a.zip", {"v/1.mp4": mp4(1), "v/a b.mp4": mp4(2), "v/a_b.mp4": mp4(3), "v/a%b.mp4": mp4(4)})
+    zipped(tmp_path / "b.zip", {"v/1.mp4": mp4(5)})
+    assert get("inter4k", tmp_path / "a.zip", tmp_path / "b.zip")[-1].num_new == 5
+    rows = table(tmp_path / "out")
+    assert {(tmp_path / "out" / row["path"]).read_bytes() for row in rows} == {mp4(n) for n in (1, 2, 3, 4, 5)}
+    for row in rows:
+        assert row["sha256"] == hashlib.sha256((tmp_path / "out" / row["path"]).read_bytes()).hexdigest()
+    assert get("inter4k", tmp_path / "a.zip", tmp_path / "b.zip")[-1].num_before == 5
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_is_there_twice_is_taken_once(get, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(9):
+            archive.writestr("1.mp4", mp4(number))
+    events = get("inter4k", tmp_path / "a.zip")
+    assert (events[-1].num_new, "twice" in reasons(events)) == (1, True)
+    assert [path.read_bytes() for path in (tmp_path / "out" / "files").rglob("*.mp4")] == [mp4(0)]
+    assert not list((tmp_path / "out" / ".download" / "parts").glob("*"))
+
+
+def test_headers_that_would_fill_the_memory_are_refused(get, tmp_path):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**33
+    (tmp_path / "t.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
+    with pytest.raises(OsoraError, match="header of 8589934592 bytes"):
+        get("inter4k", tmp_path / "t.tar")
+
+
+def test_a_file_with_holes_is_refused(get, tmp_path):
+    info = tarfile.TarInfo("holes.mp4")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:494] = b"%011o" % 2**32  # its size with the holes
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    (tmp_path / "t.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(OsoraError, match="holes"):
+        get("inter4k", tmp_path / "t.tar")
+
+
+def test_a_link_without_a_name_is_an_archive_too(server, get, tmp_path):
+    server.pages["/%2e%2e"] = file(zipped(tmp_path / "u.zip", UCF).read_bytes())
+    assert get("ucf101", f"{server.url}/%2e%2e")[-1].num_new == 4
+
+
 def test_a_rar_without_a_library_is_said(get, tmp_path, monkeypatch):
     (tmp_path / "a.rar").write_bytes(b"Rar!\x1a\x07\x00")
     monkeypatch.setitem(sys.modules, "rarfile", None)
@@ -315,6 +361,24 @@ def test_a_file_of_the_hub_with_another_sum_is_not_kept(dataset, get, tmp_path):
     dataset.pages[f"/datasets/o/cats/resolve/{COMMIT}/train/a.mp4"] = file(mp4(9))
     assert "SHA-256" in reasons(get("hf:o/cats"))
     assert len(table(tmp_path / "out")) == 2
+
+
+def test_a_new_version_of_a_data_set_is_fetched(dataset, get, tmp_path):
+    get("hf:o/cats")
+    new = COMMIT[::-1]
+    told = json.dumps({"sha": new, "siblings": [{"rfilename": "train/a.mp4"}]}).encode()
+    dataset.pages["/api/datasets/o/cats/revision/main"] = lambda handler: handler.reply(200, told)
+    dataset.pages[f"/datasets/o/cats/resolve/{new}/train/a.mp4"] = file(mp4(9))
+    assert get("hf:o/cats")[-1].num_new == 1
+    for row in table(tmp_path / "out"):
+        assert row["sha256"] == hashlib.sha256((tmp_path / "out" / row["path"]).read_bytes()).hexdigest()
+
+
+def test_a_mirror_that_tells_a_path_for_a_commit_is_refused(dataset, get, tmp_path):
+    told = json.dumps({"sha": "../../../x", "siblings": [{"rfilename": "metadata.jsonl"}]}).encode()
+    dataset.pages["/api/datasets/o/cats/revision/main"] = lambda handler: handler.reply(200, told)
+    with pytest.raises(OsoraError, match="no commit"):
+        get("hf:o/cats")
 
 
 def test_a_data_set_that_is_not_there_is_said(dataset, get):

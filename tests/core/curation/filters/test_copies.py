@@ -122,3 +122,10 @@ TWINS = {
     ("tc_h264_10bits.mp4", "tc_h265_10bits.mp4"),
 }
 """Videos that are the same in two formats."""
+
+
+def test_a_code_that_is_nearly_empty_is_compared_with_all() -> None:
+    index, code = Index(19), 0x0123_4567_89AB_CDEF  # one picture of five shows something
+    index.add(code, 7)
+    flipped = code ^ 0x001F_001F_001F_000F  # five bits of each part but one: 19 of 64
+    assert list(index.near(flipped)) == [(19, 7)]

@@ -276,6 +276,50 @@ def test_a_split_that_goes_on_keeps_its_filter(videos: Path, splitted: tuple[Pat
     assert len(table(output / "manifest.jsonl")) == 2 and not table(output / "rejects.jsonl")
 
 
+def _listed(output: Path) -> list[str]:
+    return [Path(row["source"]).name for row in table(output / "manifest.jsonl")]
+
+
+def test_no_clip_is_listed_before_it_is_judged(
+    videos: Path, splitted: tuple[Path, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, more = Path(shutil.copytree(splitted[0], tmp_path / "out")), tmp_path / "more"
+    write(more / "also-still.mp4", still(24))
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[apply.__module__], "judge_all", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(split(SPLIT, Request([videos, more], output)))
+    assert _listed(output) == ["moving.mp4"]
+    with pytest.raises(InputError, match="not a single clip"):
+        list(split(SPLIT, Request([videos, more], output, filter=FilterConfig(min_motion=100, workers=1))))
+    assert not list(output.glob(".unfiltered*"))
+    list(split(SPLIT, Request([videos, more], output, filter=OFF)))
+    assert _listed(output) == ["also-still.mp4", "moving.mp4", "still.mp4"]
+
+
+def test_clips_of_a_source_that_changed_leave_a_filtered_folder_at_once(tmp_path: Path) -> None:
+    videos, output = tmp_path / "videos", tmp_path / "out"
+    for name, pictures in (("a.mp4", moving(2, num_frames=25)), ("b.mp4", moving(3, num_frames=25))):
+        write(videos / name, pictures)
+    write(videos / "c.mp4", still(25))
+    list(split(SPLIT, Request([videos], output, filter=FilterConfig(min_motion=0.5, workers=1))))
+    assert _listed(output) == ["a.mp4", "b.mp4"]
+    write(videos / "a.mp4", moving(4, num_frames=24))
+    events = split(SPLIT, Request([videos], output))
+    for event in events:  # stopped as soon as anything is heard of the work
+        if not isinstance(event, FilterProgress):
+            break
+    assert _listed(output) == ["b.mp4"]
+    events.close()  # type: ignore[attr-defined]
+    assert _listed(output) == ["b.mp4"]
+    list(split(SPLIT, Request([videos], output)))
+    assert _listed(output) == ["a.mp4", "b.mp4"]
+
+
 def test_a_shard_is_not_filtered(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="shard"):
         list(split(SPLIT, Request([videos], tmp_path / "out", shard=(0, 2), filter=OFF)))
