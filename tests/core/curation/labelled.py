@@ -7,13 +7,15 @@ games, which `python -m tests.core.curation.labelled OUT FOLDER` finds below FOL
     apt-get download planetblupi-common opencv-doc forensics-samples-files python-nbsphinx-doc python3-hug-doc \\
         python-kivy-examples pd-extendedview python3-mecavideo
     for package in *.deb; do dpkg-deb -x "$package" FOLDER; done
+
+`--draw WORD` joins the same footage in another way.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -334,14 +336,16 @@ def _made(make: Callable[[Pool], Reel], shots: dict[str, list[Frames]], seed: st
     return _made(make, shots, f"{seed}, again")
 
 
-def build(folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES), videos: Path = VIDEOS) -> None:
+def build(
+    folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES), videos: Path = VIDEOS, draw: str = ""
+) -> None:
     """Write the videos of a part and their labels.json, as `osora bench split --data FOLDER` reads them."""
     shots = read_shots(part, videos)
     folder.mkdir(parents=True, exist_ok=True)
     labels = {}
     for name in cases:
         make, recipe = CASES[name]
-        reel = _made(make, shots, f"{part} {name}")
+        reel = _made(make, shots, f"{draw} {part} {name}".strip())
         path = folder / f"{name}{recipe.suffix}"
         write(path, reel.frames(), recipe)
         labels[path.name] = {"num_frames": reel.num_frames, "labels": [label.to_dict() for label in reel.labels]}
@@ -349,8 +353,11 @@ def build(folder: Path, part: str, cases: tuple[str, ...] = tuple(CASES), videos
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--draw", default="")
+    words = parser.parse_args()
     for part in SOURCES:
-        if part in OURS:
-            build(Path(sys.argv[1]) / part, part)
-        elif len(sys.argv) > 2:
-            build(Path(sys.argv[1]) / part, part, videos=Path(sys.argv[2]))
+        if folder := VIDEOS if part in OURS else words.folder:
+            build(words.out / part, part, videos=folder, draw=words.draw)
