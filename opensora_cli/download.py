@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import TaskID
 
-from opensora_cli import options
-from opensora_cli.console import RENDERERS, Console, console, duration, printable
+from opensora_cli import (
+    download_events,  # noqa: F401 - fills the table of renderers
+    options,
+)
+from opensora_cli.console import console
 from opensora_cli.options import OUTPUT, RUNTIME
-from opensora_core.config import DownloadConfig
-from opensora_core.errors import UsageError
-from opensora_core.files import readable, require_space
+from opensora_core.config import Config, DownloadConfig
+from opensora_core.errors import UsageError, nearest
+from opensora_core.files import require_space
 
 DATA = "data"
 """The first word where data is wanted, not weights."""
@@ -22,7 +24,6 @@ WEIGHTS_PANEL = "Weights"
 DATA_PANEL = "Data"
 
 _DEFAULTS = DownloadConfig()
-_NAME_WIDTH = 40  # of a file beside its bar
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -196,33 +197,59 @@ def download(
         if value not in (None, False):
             kind = "weights, not to data" if is_data else "data, not to weights"
             raise UsageError(f"{flag} belongs to {kind}", "osora download --help tells which is which")
+    if preset is not None and all_for is None:
+        raise UsageError("--preset says nothing here", "it is for --all-for sample or --all-for train")
     if is_data:
         if not words[1:]:
             raise UsageError("there is no source of data", "osora download data urls.txt --output raw/")
-        if offline and words[1] != "world":
+        if settings.runtime.offline and words[1] != "world" and not dry_run:
             raise UsageError("--offline leaves nothing to fetch", "leave it out, or: osora download data world")
         _data(settings.download, words[1:], metadata, query, min_height, limit, output, dry_run=dry_run)
         return
 
+    if all_for is not None or words or list_ or verify:
+        _weights(settings, words, all_for, to, from_ or "", is_listed=list_, is_verified=verify, dry_run=dry_run)
+        return
+    raise UsageError(
+        "there is nothing to download",
+        "osora download --list shows the weights, osora download data SOURCE is data",
+    )
+
+
+def _weights(
+    settings: Config,
+    words: list[str],
+    all_for: Literal["sample", "train"] | None,
+    to: Path | None,
+    source: str,
+    *,
+    is_listed: bool,
+    is_verified: bool,
+    dry_run: bool,
+) -> None:
     from opensora_core import assets
 
+    for word in words:
+        if not (word in assets.ASSETS or word.startswith("hf:") or "/" in word or Path(word).exists()):
+            raise UsageError(f"there are no weights '{word}'", nearest(word, [DATA, *assets.ASSETS]))
     chosen = [(word, assets.ASSETS[word].kind if word in assets.ASSETS else "model") for word in words]
     if all_for is not None:
         chosen += assets.needed_words(settings, all_for)
-    if list_ or verify:
-        chosen = chosen or list(assets.known_words())
-        if list_:
-            console.show(assets.WeightsListed(assets.holdings(chosen)))
-        if verify:
-            present = [item for item in chosen if words or all_for or assets.find(item[0], kind=item[1])]
+    if is_listed or is_verified:
+        if source or dry_run:
+            raise UsageError(
+                f"{'--from' if source else '--dry-run'} says nothing to {'--list' if is_listed else '--verify'}",
+                "leave it out: nothing is brought",
+            )
+        is_named = bool(chosen)
+        held = assets.holdings(chosen or assets.known_words(), to)
+        if is_listed:
+            console.show(assets.WeightsListed(held))
+        if is_verified:
+            present = [(item.name, item.kind) for item in held if is_named or item.path is not None]
             console.follow(assets.verify_weights(present, to))
         return
-    if not chosen:
-        raise UsageError(
-            "there is nothing to download",
-            "osora download --list shows the weights, osora download data SOURCE is data",
-        )
-    request = assets.WeightsRequest(tuple(chosen), to, from_ or "")
+    request = assets.WeightsRequest(tuple(chosen), to, source)
     if dry_run:
         plan = assets.plan_weights(request)
         console.show(plan)
@@ -264,113 +291,3 @@ def _data(  # noqa: PLR0917
         limit=limit,
     )
     console.follow(core.examine_data(config, request) if dry_run else core.download_data(config, request))
-
-
-# how its events look ---------------------------------------------------------------------------------------------
-
-
-def _show_progress(screen: Console, event: Any) -> None:
-    """A bar for the whole job, and one for each file on its way."""
-    screen.draw("downloading")
-    if (progress := screen.progress) is None:  # no terminal
-        return
-    of = f"/{event.total}" if event.total else ""
-    size = f"/{readable(event.total_bytes)}" if event.total_bytes else ""
-    left = "" if event.seconds_left is None else f"  {duration(event.seconds_left)} left"
-    progress.update(
-        TaskID(0),
-        description=f"{event.done}{of} files, {readable(event.bytes_per_second)}/s",
-        completed=event.done_bytes,
-        total=event.total_bytes or None,
-        count=f"{readable(event.done_bytes)}{size}{left}",
-    )
-    for number, state in enumerate(event.workers, 1):
-        if number == len(progress.tasks):
-            progress.add_task("", total=1.0, count="")
-        name = printable(state.name)
-        name = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
-        of = f"/{readable(state.total_bytes)}" if state.total_bytes else ""
-        progress.update(
-            TaskID(number),
-            description=name,
-            completed=state.done_bytes,
-            total=state.total_bytes or None if state.name else 1,
-            count=f"{readable(state.done_bytes)}{of}" if state.name else "waiting",
-        )
-
-
-def _show_failed(screen: Console, event: Any) -> None:
-    screen.above("left out: ", f"{printable(event.source)}: {event.reason}", "yellow")
-
-
-def _show_done(screen: Console, event: Any) -> None:
-    screen.stop_progress()
-    rows = [
-        ("new", event.num_new),
-        ("here before", event.num_before),
-        ("the same content as another", event.num_duplicates),
-        ("could not be had", event.num_failed),
-    ]
-    title = f"{readable(event.num_bytes)} in {duration(event.seconds)}"
-    screen.table(title, ("items", "how many"), [row for row in rows if row[1] or row[0] == "new"])
-    if event.num_failed:
-        screen.text(f"reasons: {printable(event.output / 'rejects.jsonl')}; the same command tries them again")
-    screen.text(f"manifest: {printable(event.manifest)}, {event.num_rows} rows")
-
-
-def _show_data_plan(screen: Console, event: Any) -> None:
-    screen.stop_progress()
-    count = (
-        "as many items as the network says" if event.total is None else f"{event.total} items, {event.done} are here"
-    )
-    screen.text(f"would {event.doing}: {count}")
-    screen.text(f"would write to {printable(event.output)}: {readable(event.free_bytes)} free")
-
-
-def _size(item: Any) -> str:
-    if item.size_bytes is None:
-        return "unknown"
-    return readable(item.size_bytes) if item.path else f"about {readable(item.size_bytes)}"
-
-
-def _show_listed(screen: Console, event: Any) -> None:
-    rows = [
-        (item.name, item.kind, _size(item), item.licence, str(item.path) if item.path else f"not here: {item.source}")
-        for item in event.items
-    ]
-    screen.table("weights", ("name", "part", "size", "licence", "where"), rows)
-
-
-def _show_plan(screen: Console, event: Any) -> None:
-    rows = [(item.name, _size(item), str(item.path) if item.path else f"from {item.source}") for item in event.items]
-    screen.table("weights it would bring", ("name", "size", "where"), rows)
-    missing = [item for item in event.items if item.path is None]
-    size = readable(event.missing_bytes) + (" and unknown sizes" if any(i.size_bytes is None for i in missing) else "")
-    screen.text(
-        f"missing: {len(missing)} of {len(event.items)}, about {size}; {readable(event.free_bytes)} free in "
-        f"{printable(event.target)}"
-    )
-
-
-def _show_ready(screen: Console, event: Any) -> None:
-    screen.stop_progress()
-    how = "brought" if event.is_new else "here already"
-    screen.text(f"{event.name}: {how}, {readable(event.size_bytes)}, {printable(event.path)}")
-
-
-def _show_verified(screen: Console, event: Any) -> None:
-    screen.text(f"{event.name}: {event.status}, {printable(event.reason)}")
-
-
-RENDERERS.update(
-    {
-        "DownloadProgress": _show_progress,
-        "ItemFailed": _show_failed,
-        "DataDone": _show_done,
-        "DataPlan": _show_data_plan,
-        "WeightsListed": _show_listed,
-        "WeightsPlan": _show_plan,
-        "WeightsReady": _show_ready,
-        "WeightsVerified": _show_verified,
-    }
-)

@@ -323,14 +323,24 @@ def split(
         options.print_config(settings, origins)
         return
     if why is not None or only_filter:
+        others = {"boundaries": boundaries, "stats": stats, "preview": preview, "redo": redo, "shard": shard}
+        if why is not None:
+            others |= {"output": output, "report": report, "dry-run": dry_run, "only-filter": only_filter}
+        own = {name.removeprefix("split.").replace("_", "-"): value for name, value in flags.items()}
+        own = {**own, "threshold": threshold, "detector-options": None, "workers": workers if why else None}
+        _refuse("--why" if why is not None else "--only-filter", {**own, **others})
         limits = _filter_of(filter_, settings, origins, report=False)
-        _filter_only(limits, inputs or [], output, why=why, report=report, dry_run=dry_run)
+        _filter_only(limits, inputs or [], output, why=why, report=report, dry_run=dry_run, workers=workers)
         return
     _require_use(settings.split.cut, {name: flags[f"split.{name.replace('-', '_')}"] for name in _WAYS})
     if not inputs:
         raise UsageError("there is nothing to split", "osora split videos/, or - for a list on stdin")
     words = [word for word in inputs if word != "-"]
     listed = read_list() if len(words) < len(inputs) else []
+
+    limits = _filter_of(filter_, settings, origins, report=report)
+    if limits is not None and workers is not None and origins.get("filter.workers") == "default":
+        limits = with_settings(limits, {"workers": workers})
 
     from opensora_core import curation
 
@@ -343,7 +353,7 @@ def split(
         stats=stats,
         preview=preview,
         redo=redo,
-        filter=_filter_of(filter_, settings, origins, report=report),
+        filter=limits,
         report=report,
     )
     console.follow(curation.examine(settings.split, request) if dry_run else curation.split(settings.split, request))
@@ -368,7 +378,14 @@ def _without_limits(settings: Config) -> Config:
 
 
 def _filter_only(
-    limits: FilterConfig | None, inputs: list[str], output: Path | None, *, why: str | None, report: bool, dry_run: bool
+    limits: FilterConfig | None,
+    inputs: list[str],
+    output: Path | None,
+    *,
+    why: str | None,
+    report: bool,
+    dry_run: bool,
+    workers: int | None,
 ) -> None:
     """Filter the clips of a manifest, or tell about one of them.
 
@@ -382,12 +399,22 @@ def _filter_only(
 
     from opensora_core.curation import filters
 
+    if workers is not None:
+        folder = output or (Path(inputs[0]) if Path(inputs[0]).is_dir() else Path(inputs[0]).parent)
+        limits = with_settings(limits or filters.saved_settings(folder) or FilterConfig(), {"workers": workers})
     if why is not None:
         console.follow(filters.why(Path(inputs[0]) if inputs else None, why, limits))
     elif dry_run:
         console.follow(filters.examine(Path(inputs[0]), limits, output))
     else:
         console.follow(filters.apply(Path(inputs[0]), limits, output, report=report))
+
+
+def _refuse(verb: str, given: Mapping[str, Any]) -> None:
+    """Refuse flags that say nothing to those who are not splitting."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise UsageError(f"--{name} says nothing to {verb}, which splits nothing", f"leave --{name} out")
 
 
 def _require_use(cut: str, given: dict[str, Any]) -> None:

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from opensora_core.assets.fetch import Progress
-from opensora_core.assets.gather import (
-    Holding,
-    WeightsListed,
-    WeightsPlan,
-    WeightsReady,
-    WeightsRequest,
-    WeightsVerified,
-    fetch_weights,
-    holdings,
-    known_words,
-    needed_words,
-    plan_weights,
-    verify_weights,
-)
+from opensora_core.assets.gather import WeightsPlan, WeightsReady, WeightsRequest, fetch_weights, plan_weights
+from opensora_core.assets.holdings import Holding, WeightsListed, holdings, known_words, needed_words
 from opensora_core.assets.search import Located, find, locate, weights_folder
 from opensora_core.assets.table import ASSETS, BUNDLED, Asset, Kind
+from opensora_core.assets.verify import WeightsVerified, verify_weights
 
 __all__ = [
     "ASSETS",

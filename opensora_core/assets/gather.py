@@ -1,4 +1,4 @@
-"""Weights, fetched ahead of the runs that need them: what there is, what a run needs, and bringing it here.
+"""Weights, fetched ahead of the runs that need them.
 
 A folder that weights are brought to has a `SHA256SUMS`, as `sha256sum -c` reads it. What lies in the hub's cache is
 checked against the sums that its files are named after.
@@ -7,56 +7,26 @@ checked against the sums that its files are named after.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from opensora_core import net
 from opensora_core.assets import fetch, hub
 from opensora_core.assets.bringing import Bring, Cache, Copy, HubFile, Link
-from opensora_core.assets.search import BUNDLED_FOLDER, Located, Wanted, find, weights_folder
-from opensora_core.assets.sums import add_sum, is_right
-from opensora_core.assets.table import ASSETS, BUNDLED, Asset, Kind
-from opensora_core.config import Config, DownloadConfig
-from opensora_core.errors import CheckpointError, InputError, OsoraError, WeightsError
-from opensora_core.files import MANIFEST, free_bytes, readable, require_space, verify_manifest
+from opensora_core.assets.holdings import Holding, Word, holdings, place_in
+from opensora_core.assets.search import Wanted, weights_folder
+from opensora_core.assets.sums import add_sum
+from opensora_core.assets.table import ASSETS
+from opensora_core.config import DownloadConfig
+from opensora_core.errors import InputError, WeightsError
+from opensora_core.files import free_bytes, refusal, require_space, sha256
 from opensora_core.notice import Notice
-
-Word = tuple[str, Kind]
-"""What settings call weights, and the part that they are."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """Weights, and whether they are here.
-
-    Attributes:
-        name: of the table, or as given.
-        kind: the part that they are.
-        about: what they are for.
-        licence: as published; `unknown` where nothing says.
-        size_bytes: on the disk if they are here, else about that much; None where unknown.
-        path: where they are; None if they are not.
-        source: where they come from.
-    """
-
-    name: str
-    kind: Kind
-    about: str
-    licence: str
-    size_bytes: int | None
-    path: Path | None
-    source: str
-
-
-@dataclass(frozen=True)
-class WeightsListed:
-    """All weights that there are, or that were asked for."""
-
-    items: tuple[Holding, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +36,8 @@ class WeightsPlan:
     Attributes:
         items: that are needed.
         target: the folder that what is missing would go to.
-        missing_bytes: of those that are missing, about; those of unknown size are not in it.
+        missing_bytes: of those that are missing, about, less what has come of them; those of unknown size are not in
+            it.
         free_bytes: of that folder's disk.
     """
 
@@ -86,17 +57,7 @@ class WeightsReady:
     is_new: bool
 
 
-@dataclass(frozen=True)
-class WeightsVerified:
-    """What a check of sums found: `whole`, `damaged`, `missing`, or `unknown` where there is no sum to check by."""
-
-    name: str
-    status: Literal["whole", "damaged", "missing", "unknown"]
-    reason: str
-    path: Path | None
-
-
-Event = Notice | WeightsListed | WeightsPlan | WeightsReady | WeightsVerified | net.DownloadProgress
+Event = Notice | WeightsPlan | WeightsReady | net.DownloadProgress
 
 
 @dataclass(frozen=True)
@@ -124,59 +85,13 @@ class _Job:
     target: Path  # of weights that are brought to a folder; the hub's cache knows its own
     bring: Bring
 
-
-# what there is --------------------------------------------------------------------------------------------------------
-
-
-def known_words() -> tuple[Word, ...]:
-    """All names of the table."""
-    return tuple((asset.name, asset.kind) for asset in ASSETS.values())
-
-
-def needed_words(config: Config, verb: Literal["sample", "train"]) -> tuple[Word, ...]:
-    """What a run of these settings reads: its model and encoders, or what training starts from and its encoders."""
-    model = config.model.weights if verb == "sample" else config.train.init
-    words: list[Word] = [(model, "model"), (config.vae.weights, "vae"), (config.text.weights, "text")]
-    return tuple((word, kind) for word, kind in words if word)
-
-
-def holdings(words: Iterable[Word]) -> tuple[Holding, ...]:
-    """What is known of weights, without the network.
-
-    Raises:
-        UsageError: an unknown word.
-    """
-    return tuple(_holding(word, kind) for word, kind in dict.fromkeys(words))
-
-
-def _holding(word: str, kind: Kind, found: Located | None = None) -> Holding:
-    found = found or find(word, kind=kind)
-    asset = ASSETS.get(word)
-    size = _size(found.path, asset) if found else asset.size_bytes if asset else None
-    wanted = Wanted.parse(word, kind)
-    if asset is not None:
-        source = asset.url or (f"hf:{asset.repo}@{asset.revision}" if asset.repo else "this package")
-    else:
-        source = word if wanted.place else "this disk"
-    return Holding(
-        word,
-        kind,
-        asset.about if asset else "",
-        asset.licence if asset else "unknown",
-        size,
-        found.path if found else None,
-        source,
-    )
-
-
-def _size(path: Path, asset: Asset | None) -> int:
-    if asset is not None and asset.name == BUNDLED:
-        path = BUNDLED_FOLDER
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-# bringing it here -----------------------------------------------------------------------------------------------------
+    def received(self) -> net.Received | None:
+        """The file, if an earlier run brought it to its folder, which was not finished."""
+        for name in self.name.split("|"):
+            path = self.target.with_name(name.rpartition("/")[2])
+            if not isinstance(self.bring, Cache) and path.is_file():
+                return net.Received(path, path.stat().st_size, sha256(path))
+        return None
 
 
 def plan_weights(request: WeightsRequest) -> WeightsPlan:
@@ -187,9 +102,25 @@ def plan_weights(request: WeightsRequest) -> WeightsPlan:
         ResourceError: no space for what is missing.
     """
     target = _target(request)
-    items = tuple(_present(request, word, kind) for word, kind in dict.fromkeys(request.words))
-    missing = sum(item.size_bytes or 0 for item in items if item.path is None)
+    items = holdings(request.words, request.to)
+    missing = sum(max((item.size_bytes or 0) - _begun(request, item), 0) for item in items if item.path is None)
     return WeightsPlan(items, target, missing, free_bytes(target))
+
+
+def _begun(request: WeightsRequest, item: Holding) -> int:
+    """Bytes that an earlier run brought of weights that are not whole yet."""
+    wanted = Wanted.parse(item.name, item.kind)
+    repo = wanted.asset.repo if wanted.asset is not None else wanted.place.repo if wanted.place is not None else ""
+    if request.to is None and repo and not _is_folder(request.source):
+        return hub.begun_bytes(repo)
+    place = place_in(request.to or weights_folder(), wanted)
+    parts = [*place.parent.glob(f"{place.name}.*part"), *_unfinished(place).rglob("*")]
+    return sum(path.stat().st_size for path in parts if path.is_file())
+
+
+def _unfinished(place: Path) -> Path:
+    """Where the files of a folder are until it has all of them: who looks for weights takes a folder for whole."""
+    return place.with_name(f".{place.name}.part")
 
 
 def _target(request: WeightsRequest) -> Path:
@@ -201,27 +132,6 @@ def _target(request: WeightsRequest) -> Path:
 
 def _is_folder(source: str) -> bool:
     return bool(source) and "://" not in source
-
-
-def _present(request: WeightsRequest, word: str, kind: Kind) -> Holding:
-    """What is here; with `to`, what is there."""
-    found = _holding(word, kind)
-    wanted = Wanted.parse(word, kind)
-    if request.to is None or wanted.path is not None:
-        return found
-    path = _place(request.to, wanted)
-    if not path.exists():
-        size = ASSETS[word].size_bytes if word in ASSETS else None
-        return Holding(word, kind, found.about, found.licence, size, None, found.source)
-    return _holding(word, kind, Located(path))
-
-
-def _place(folder: Path, wanted: Wanted) -> Path:
-    """Where the search looks for weights in a folder that `OSORA_WEIGHTS` names."""
-    if wanted.asset is not None:
-        return folder / wanted.asset.file_name
-    assert wanted.place is not None
-    return folder / wanted.place.repo.replace("/", "--") / wanted.place.inner
 
 
 def fetch_weights(config: DownloadConfig, request: WeightsRequest, *, offline: bool = False) -> Iterator[Event]:
@@ -281,32 +191,36 @@ def _bring(config: DownloadConfig, request: WeightsRequest, missing: Sequence[Ho
             jobs += _jobs(request, item)
         except fetch.Unavailable as error:
             failures[item.name] = str(error)
-    left = {item.name: sum(job.word == item.name for job in jobs) for item in missing}
+    total = Counter(job.word for job in jobs)
+    brought: dict[str, list[net.Received]] = {item.name: [] for item in missing}
 
     def carry(job: _Job, tell: net.Progress) -> net.Received:
         with hub.translated(job.word, job.name):
-            return job.bring(job.target, client, tell)
+            return job.received() or job.bring(job.target, client, tell)
 
     porters = net.Porters(
-        carry, name=lambda job: f"{job.word}: {job.name}", num_workers=min(config.workers, len(jobs) or 1), stop=stop
+        carry,
+        name=lambda job: f"{job.word}: {job.name.partition('|')[0]}",
+        num_workers=min(config.workers, len(jobs) or 1),
+        stop=stop,
     )
     meter = net.Meter(len(jobs), sum(item.size_bytes or 0 for item in missing))
     for word in porters.run(jobs):
         meter.hear(word)
         if isinstance(word, net.Ended):
             job: _Job = word.job
+            result: Any = word.result
             if isinstance(word.error, fetch.Unavailable):
                 failures[job.word] = str(word.error)
             elif word.error is not None:
                 raise word.error
             else:
-                received: Any = word.result
-                if received.sha256:
-                    add_sum(request.to or weights_folder(), received.path, received.sha256)
-                left[job.word] -= 1
-                if not left[job.word]:
+                received: net.Received = result
+                brought[job.word].append(received)
+                if len(brought[job.word]) == total[job.word]:
                     item = next(item for item in missing if item.name == job.word)
-                    found = _present(request, item.name, item.kind)
+                    _finish(request, item, brought[job.word])
+                    found = holdings([(item.name, item.kind)], request.to)[0]
                     if found.path is not None:
                         yield WeightsReady(found.name, found.path, found.size_bytes or 0, is_new=True)
         if (event := meter.event()) is not None:
@@ -318,10 +232,33 @@ def _bring(config: DownloadConfig, request: WeightsRequest, missing: Sequence[Ho
         )
 
 
+def _finish(request: WeightsRequest, item: Holding, brought: Sequence[net.Received]) -> None:
+    """Give a folder that has all of its files its name, and take note of their sums."""
+    folder = request.to or weights_folder()
+    place = place_in(folder, Wanted.parse(item.name, item.kind))
+    unfinished = _unfinished(place)
+    for received in brought:
+        path = received.path
+        if path.is_relative_to(unfinished):
+            path = place / path.relative_to(unfinished)
+        if received.sha256:  # else it is in the hub's cache, which knows it
+            add_sum(folder, path, received.sha256)
+    try:
+        if unfinished.is_dir() and not place.exists():
+            unfinished.rename(place)
+        for received in brought if unfinished.is_dir() else ():  # a part of the repository is here by another name
+            path = place / received.path.relative_to(unfinished)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            received.path.replace(path)
+    except OSError as error:
+        raise refusal(place, error) from error
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _jobs(request: WeightsRequest, item: Holding) -> list[_Job]:
     wanted = Wanted.parse(item.name, item.kind)
     asset, folder = wanted.asset, request.to or weights_folder()
-    place = _place(folder, wanted)
+    place = place_in(folder, wanted)
     if _is_folder(request.source):
         origin = _lies(Path(request.source).expanduser(), wanted)
         if origin is None:
@@ -329,7 +266,8 @@ def _jobs(request: WeightsRequest, item: Holding) -> list[_Job]:
         if origin.is_file():
             return [_Job(item.name, origin.name, place, Copy(origin))]
         files = sorted(path for path in origin.rglob("*") if path.is_file() and not path.name.startswith("."))
-        return [_Job(item.name, path.name, place / path.relative_to(origin).as_posix(), Copy(path)) for path in files]
+        inside = _unfinished(place)
+        return [_Job(item.name, path.name, inside / path.relative_to(origin).as_posix(), Copy(path)) for path in files]
     if asset is not None and asset.url:
         url = f"{request.source.rstrip('/')}/{asset.file_name}" if request.source else asset.url
         return [_Job(item.name, asset.file_name, place, Link(url, asset.sha256))]
@@ -347,74 +285,20 @@ def _jobs(request: WeightsRequest, item: Holding) -> list[_Job]:
     jobs = []
     for name in names:
         inner = PurePosixPath(name.partition("|")[0]).relative_to(shared)
-        jobs.append(_Job(item.name, name.partition("|")[0], place / inner, HubFile(repo, revision, name)))
+        jobs.append(_Job(item.name, name, _unfinished(place) / inner, HubFile(repo, revision, name)))
     return jobs
 
 
 def _lies(folder: Path, wanted: Wanted) -> Path | None:
     """Where weights are in a folder: one that weights were brought to, or a cache of the hub."""
-    if (by_hand := _place(folder, wanted)).exists():
+    if (by_hand := place_in(folder, wanted)).exists():
         return by_hand
     for cache in (folder, folder / "hub"):
+        path = None
         if wanted.asset is not None and wanted.asset.repo:
             path = hub.cached_files(wanted.asset.repo, wanted.asset.revision, wanted.asset.files, cache)
-            if path is not None:
-                return path
+        elif wanted.place is not None:
+            path = hub.cached_place(wanted.place, wanted.kind, cache)
+        if path is not None:
+            return path
     return None
-
-
-# checking it ----------------------------------------------------------------------------------------------------------
-
-
-def verify_weights(words: Iterable[Word], folder: Path | None = None) -> Iterator[Event]:
-    """Check weights that are here against their sums.
-
-    Args:
-        words: which.
-        folder: that they were brought to; None is where runs find them.
-
-    Raises:
-        CheckpointError: some are damaged; all are told before.
-    """
-    damaged = []
-    for word, kind in dict.fromkeys(words):
-        wanted = Wanted.parse(word, kind)
-        found = find(word, kind=kind)
-        path = found.path if found else None
-        if folder is not None and wanted.path is None:
-            place = _place(folder, wanted)
-            path = place if place.exists() else None
-        event = _verified(word, path, wanted)
-        damaged += [event] if event.status == "damaged" else []
-        yield event
-    if damaged:
-        raise CheckpointError(
-            "; ".join(event.reason for event in damaged),
-            f"remove what is damaged, then: osora download {' '.join(event.name for event in damaged)}",
-        )
-
-
-def _verified(word: str, path: Path | None, wanted: Wanted) -> WeightsVerified:
-    if path is None:
-        return WeightsVerified(word, "missing", "it is not here", None)
-    folder = path if path.is_dir() else path.parent
-    if (folder / MANIFEST).is_file():
-        try:
-            verify_manifest(folder)
-        except OsoraError as error:
-            return WeightsVerified(word, "damaged", error.message, path)
-        return WeightsVerified(word, "whole", f"as {MANIFEST} says", path)
-    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    if wanted.asset is not None and path.is_dir():
-        names = {name.rpartition("/")[2] for choice in wanted.asset.files for name in choice.split("|")}
-        files = [file for file in files if file.name in names]
-    unknown = 0
-    for file in files:
-        known = is_right(file)
-        if known is False:
-            return WeightsVerified(word, "damaged", f"{file} is damaged: its sum is not the one it came with", path)
-        unknown += known is None
-    if unknown:
-        return WeightsVerified(word, "unknown", f"{unknown} of {len(files)} files have no sum to check by", path)
-    size = readable(sum(file.stat().st_size for file in files))
-    return WeightsVerified(word, "whole", f"{len(files)} files, {size}", path)

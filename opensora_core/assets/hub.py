@@ -90,9 +90,15 @@ def cached_files(repo: str, revision: str, files: tuple[str, ...], cache: Path |
     return common(snapshot, [_present(snapshot, file) for file in files])
 
 
-def cached_place(place: Place, kind: Kind) -> Path | None:
+def begun_bytes(repo: str) -> int:
+    """Bytes of a repository that are in the cache, whole or in part."""
+    blobs = cache_folder() / f"models--{repo.replace('/', '--')}" / "blobs"
+    return sum(path.stat().st_size for path in blobs.glob("*") if path.is_file())
+
+
+def cached_place(place: Place, kind: Kind, cache: Path | None = None) -> Path | None:
     """The file or folder of the cache that a download of the place would give, if it is there."""
-    snapshot = _snapshot(place.repo, place.revision)
+    snapshot = _snapshot(place.repo, place.revision, cache)
     if not snapshot.is_dir():
         return None
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
@@ -149,7 +155,20 @@ def listed(place: Place, kind: Kind) -> list[str]:
 
     with translated(place.repo, place.revision):
         names = huggingface_hub.HfApi(endpoint=endpoint()).list_repo_files(place.repo, revision=place.revision)
-    return choose(names, place, kind)
+    for name in (names := choose(names, place, kind)):
+        require_inside(name)
+    return names
+
+
+def require_inside(name: str) -> str:
+    """A name that a hub told, if it leads nowhere but into the folder that it is put in.
+
+    Raises:
+        fetch.Unavailable: it leads elsewhere; a mirror may say anything.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or not name.isprintable():
+        raise fetch.Unavailable(f"{endpoint()} told a name that leads out of its folder: {name!r}")
+    return name
 
 
 def choose(names: Iterable[str], place: Place, kind: Kind) -> list[str]:
@@ -240,7 +259,10 @@ def metadata(repo: str, revision: str, name: str) -> tuple[str, str, int]:
         timeout=_ETAG_TIMEOUT,
         endpoint=endpoint(),
     )
-    return found.commit_hash or revision, found.etag or "", found.size or 0
+    commit = found.commit_hash or revision
+    if found.commit_hash and "/" in require_inside(commit):
+        raise fetch.Unavailable(f"{endpoint()} told a commit that is none: {commit!r}")
+    return commit, found.etag or "", found.size or 0
 
 
 def fetch_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opensora_core.curation import filters
 from opensora_core.curation.boundaries import DETECTORS
 from opensora_core.curation.events import (
     Event,
@@ -26,5 +27,6 @@ __all__ = [
     "SplitProgress",
     "WorkerState",
     "examine",
+    "filters",
     "split",
 ]

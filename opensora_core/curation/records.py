@@ -186,11 +186,14 @@ class Records:
                 with suppress(OSError):
                     path.unlink()
 
-    def write_tables(self) -> None:
+    def write_tables(self, prefix: str = "") -> None:
         """Write the three tables from all records there are.
 
         Others may commit records and write tables at the same time: what was written is checked against the records
         afterwards, so that the last table that anyone writes has the last record that anyone committed.
+
+        Args:
+            prefix: of the names of manifest and rejects, for who leaves clips out of them before they take their place.
 
         Raises:
             ResourceError: the file system refuses it.
@@ -199,7 +202,8 @@ class Records:
             before = self._state()
             records = sorted(self.read().values(), key=lambda item: (os.fsencode(item.source), item.name))
             with ExitStack() as stack:
-                parts = [stack.enter_context(replacing(self.output / name)) for name in _TABLES]
+                names = (SOURCES_FILE, f"{prefix}{MANIFEST_FILE}", f"{prefix}{REJECTS_FILE}")
+                parts = [stack.enter_context(replacing(self.output / name)) for name in names]
                 sources, clips, rejects = (stack.enter_context(part.open("wb")) for part in parts)
                 for record in records:
                     with suppress(FileNotFoundError), self.beside(record.name, _SUFFIX).open("rb") as file:

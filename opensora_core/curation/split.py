@@ -17,6 +17,7 @@ from opensora_core.curation.crew import Crew, Lost, Returned, Said
 from opensora_core.curation.events import (
     Event,
     FilterDone,
+    FilterProgress,
     PlannedSource,
     SourceSplit,
     SplitDone,
@@ -46,6 +47,7 @@ from opensora_core.runs import only_writer
 _LOOK_SECONDS = 60.0
 _GUESS_BYTES_PER_SECOND = 500_000.0  # before any source has been opened
 _TELL_SECONDS = 0.5
+_UNFILTERED = ".unfiltered-"  # before the names of tables that have all clips
 
 
 def split(config: SplitConfig, request: Request) -> Iterator[Event]:
@@ -76,11 +78,16 @@ def split(config: SplitConfig, request: Request) -> Iterator[Event]:
             stack.enter_context(only_writer(request.output))
         records.prepare(settings_of(config), redo=request.redo)
         plan = Plan(config, request, records, sources)
+        limits = _limits(request)
         if plan.forget() and request.shard is None:
-            records.write_tables()
+            if limits is None or filters.saved_settings(request.output) is None:
+                records.write_tables()
+            else:  # what is no more is left out, and what was refused stays so
+                with suppress(InputError):
+                    yield from (event for event in _filter(plan, limits) if isinstance(event, FilterProgress))
         if request.shard is None:
             records.remove_orphans(records.read().keys())
-        run = _Run(plan, began, is_filtered=(limits := _limits(request)) is not None)
+        run = _Run(plan, began, is_filtered=limits is not None)
         yield from run.go()
         sifted = None
         if limits is not None:
@@ -257,16 +264,22 @@ def _filter(plan: Plan, limits: FilterConfig) -> Generator[Event, None, FilterDo
     ):
         measured = progress.done
         yield progress
-    records.write_tables()
-    if not (request.output / MANIFEST_FILE).stat().st_size:
-        return FilterDone(request.output / MANIFEST_FILE, 0, 0, 0.0, {}, {}, 0, 0.0)
-    done = None
-    for event in filters.sift(request.output / MANIFEST_FILE, limits, request.output, report=request.report):
-        if isinstance(event, FilterDone):
-            event = done = replace(event, measured=event.measured + measured)  # noqa: PLW2901
-        yield event
-    assert done is not None
-    return done
+    manifest, rejects = (request.output / f"{_UNFILTERED}{name}" for name in (MANIFEST_FILE, REJECTS_FILE))
+    try:
+        records.write_tables(_UNFILTERED)
+        if not manifest.stat().st_size:
+            records.write_tables()
+            return FilterDone(request.output / MANIFEST_FILE, 0, 0, 0.0, {}, {}, 0, 0.0)
+        done = None
+        for event in filters.sift(manifest, limits, request.output, report=request.report, rejects=rejects):
+            if isinstance(event, FilterDone):
+                event = done = replace(event, measured=event.measured + measured)  # noqa: PLW2901
+            yield event
+        assert done is not None
+        return done
+    finally:
+        for path in (manifest, rejects):
+            path.unlink(missing_ok=True)
 
 
 def _finish(plan: Plan, run: _Run, sifted: FilterDone | None = None) -> Iterator[Event]:

@@ -8,12 +8,15 @@ import re
 import socket
 import threading
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 _SECRET = re.compile(
-    r"key|token|secret|sign|^sig$|passw|auth|credential|session|policy|hmac|^code$|^access|^sid$", re.IGNORECASE
+    r"key|token|secret|sign|^sig$|passw|pwd|auth|jwt|credential|session|policy|hmac|^code$|^access|^sid$", re.IGNORECASE
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PAIR = re.compile(r"([^&;=]*)=([^&;]*)")
+_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")))
+"""Networks whose addresses end in one of IPv4, which is where they lead; those that Python knows are not among them."""
+
 _PORTS = {"http": 80, "https": 443}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -70,13 +73,17 @@ class Target:
             raise Refused(f"{redacted(url)} is no http or https address")
         if any(ord(char) < 0x20 or char == "\x7f" for char in url):
             raise Refused(f"{redacted(url)!r} holds control characters")
+        try:
+            host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
+        except UnicodeError:
+            raise Refused(f"{redacted(url)} names no machine") from None
         path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
         if parts.query:
             path += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?[]|")
         login = ""
         if parts.username is not None:
             login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        return cls(scheme, parts.hostname, port or _PORTS[scheme], path, login)
+        return cls(scheme, host, port or _PORTS[scheme], path, login)
 
     @property
     def origin(self) -> tuple[str, str, int]:
@@ -94,14 +101,11 @@ def redacted(url: str) -> str:
     """An address as it may be shown: without login, fragment, and the values of keys, tokens and signatures."""
     try:
         parts = urlsplit(url)
-        netloc = parts.netloc.rpartition("@")[2]
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:
         return "(an address that cannot be understood)"
-    query = parts.query
-    if any(_SECRET.search(name) for name, _ in pairs):
-        query = urlencode([(name, "***" if _SECRET.search(name) else value) for name, value in pairs], safe="*/:,")
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+    path = parts.path if parts.netloc else parts.path.rpartition("@")[2]  # a login of something that is no address
+    query = _PAIR.sub(lambda pair: f"{pair[1]}=***" if _SECRET.search(unquote(pair[1])) else pair[0], parts.query)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, query, ""))
 
 
 def is_private(address: str) -> bool:
@@ -109,10 +113,12 @@ def is_private(address: str) -> bool:
     ip: Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64:
+        if any(ip in network for network in _EMBEDDING):
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_private(str(inner))
+        if ip.is_site_local:
+            return True
     return not ip.is_global or ip.is_multicast
 
 

@@ -10,25 +10,18 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 from opensora_core.net.address import Refused, Target, Unavailable, redacted
-from opensora_core.net.patience import Patience, Throttle, TryAgain, counted, retry_after
-from opensora_core.net.wire import Cancelled, Clock, Wire, connect
+from opensora_core.net.answer import NETWORK_ERRORS, Answer, said, told
+from opensora_core.net.patience import Patience, Throttle, TryAgain, counted
+from opensora_core.net.wire import Cancelled, Clock, connect
 
 T = TypeVar("T")
 
-NETWORK_ERRORS = (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError, OSError)
-"""What a connection fails with; some of it is what a disk fails with, so these are caught where no file is written."""
-
-MAX_JSON = 64 * 2**20
-"""Bytes of an answer that is read into memory."""
-
 _REDIRECTS = (301, 302, 303, 307, 308)
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _FIRST_WAIT = 0.2
 _LONGEST_WAIT = 5.0
 _OWN = {"User-Agent": "osora", "Accept-Encoding": "identity", "Connection": "close"}
@@ -64,43 +57,6 @@ class Limits:
     max_redirects: int = 10
     max_wait_seconds: float = 20.0
     patience_seconds: float = 45.0
-
-
-@dataclass
-class Answer:
-    """A server's answer, whose body is still to be read. To be closed."""
-
-    url: str
-    status: int
-    headers: http.client.HTTPMessage
-    _response: http.client.HTTPResponse
-    wire: Wire
-
-    def read(self, count: int) -> bytes:
-        """Up to so many bytes, as soon as there are some; none at the end."""
-        return self._response.read1(count)
-
-    @property
-    def length(self) -> int | None:
-        """Bytes that the body is said to have."""
-        return self._response.length
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether the body comes in pieces, with an end that can be told from a torn line."""
-        return bool(self._response.chunked)
-
-    def close(self) -> None:
-        """Close the connection."""
-        with suppress(OSError, ValueError):
-            self._response.close()
-        self.wire.close()
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Client:
@@ -191,7 +147,7 @@ class Client:
             login = {"Authorization": f"Basic {base64.b64encode(target.login.encode()).decode()}"}
         wire = None
         try:
-            wire, is_proxy = connect(
+            wire, to_proxy = connect(
                 target,
                 clock,
                 allow_private=self.allow_private or target.origin in self.trusted,
@@ -201,8 +157,9 @@ class Client:
             connection.sock = wire
             # conn.close(), which http.client calls as soon as it has read the header, must not close what is read on
             connection.close = lambda: None  # type: ignore[method-assign]
-            path = f"{target.scheme}://{target.netloc}{target.path}" if is_proxy else target.path
-            connection.request(method, path, body, {"Host": target.netloc, **_OWN, **login, **headers})
+            path = target.path if to_proxy is None else f"{target.scheme}://{target.netloc}{target.path}"
+            own = {"Host": target.netloc, **_OWN, **login, **(to_proxy or {})}
+            connection.request(method, path, body, {**own, **headers})
             response = connection.getresponse()
         except (Unavailable, Cancelled):
             if wire is not None:
@@ -232,20 +189,6 @@ class Client:
         except TryAgain as error:
             if not isinstance(error.__cause__, ssl.SSLError):  # somebody is there; who follows may know it better
                 raise Unavailable(str(error)) from error
-
-    def check(self, answer: Answer, *, good: tuple[int, ...] = (200,)) -> None:
-        """Raise what a status other than a good one means.
-
-        Raises:
-            Unavailable: it will not change.
-            TryAgain: it may.
-        """
-        if answer.status in good:
-            return
-        reason = f"{redacted(answer.url)} answered {answer.status} {answer._response.reason}".strip()
-        if answer.status in _AGAIN:
-            raise TryAgain(reason, retry_after(answer.headers), answer.status)
-        raise Unavailable(reason, answer.status)
 
     def tries(
         self, attempt: Callable[[float], T], *, deadline: float = float("inf"), max_retries: int | None = None
@@ -323,11 +266,11 @@ class Client:
         def attempt(deadline: float) -> tuple[Any, Mapping[str, str]]:
             sent = {"Accept": "application/json", **kind, **(headers or {})}
             with self.open(url, method=method, headers=sent, body=content, deadline=deadline) as answer:
-                raw = self._read_all(answer)
+                raw = answer.read_all()
                 try:
-                    self.check(answer, good=(200, 201))
+                    answer.check(good=(200, 201))
                 except (TryAgain, Unavailable) as error:
-                    if words := _said(raw, secrets):
+                    if words := said(raw, secrets):
                         error.args = (f"{error}: {words}",)
                     raise
                 if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -339,41 +282,3 @@ class Client:
                     raise TryAgain(f"{redacted(url)} sent something that is not JSON", status=answer.status) from None
 
         return self.tries(attempt, deadline=time.monotonic() + seconds, max_retries=max_retries)
-
-    def _read_all(self, answer: Answer) -> bytes:
-        content = bytearray()
-        answer.wire.clock.min_bytes_per_second = 0.0  # a model that thinks sends nothing, and then little
-        answer.wire.clock.stall_seconds = float("inf")
-        try:
-            while chunk := answer.read(1 << 16):
-                content += chunk
-                if len(content) > MAX_JSON:
-                    raise Unavailable(f"{redacted(answer.url)} sent more than {MAX_JSON >> 20} MB")
-            if answer.length:
-                raise TryAgain(f"{redacted(answer.url)} broke off")
-        except NETWORK_ERRORS as error:
-            raise TryAgain(f"{redacted(answer.url)} broke off: {told(error)}") from error
-        return bytes(content)
-
-
-def told(error: BaseException) -> str:
-    """The reason of a failure, in words."""
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
-def _said(raw: bytes, secrets: list[str]) -> str:
-    """What an API says about its refusal, in a line."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return ""
-    for name in ("error", "message", "detail"):
-        if isinstance(value, dict) and name in value:
-            value = value[name]
-    if isinstance(value, dict):
-        value = value.get("message", "")
-    if not isinstance(value, str):
-        return ""
-    for secret in secrets:
-        value = value.replace(secret, "***")
-    return " ".join(value.split())[:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -79,7 +80,8 @@ def retry_after(headers: Mapping[str, str] | http.client.HTTPMessage) -> float |
     """Seconds that a server asks to wait, said as seconds or as a date; None where it does not."""
     word = (headers.get("Retry-After") or "").strip()
     with suppress(ValueError):
-        return max(float(word), 0.0) if word else None
+        seconds = float(word)
+        return None if math.isnan(seconds) else max(seconds, 0.0)
     with suppress(ValueError, TypeError, OverflowError):
         when = email.utils.parsedate_to_datetime(word)
         when = when if when.tzinfo else when.replace(tzinfo=UTC)

@@ -31,11 +31,12 @@ def client_of(config: DownloadConfig, *, stop: threading.Event, trusted: Iterabl
         ("answer_seconds", 0.1),
         ("stall_seconds", 0.1),
         ("patience_seconds", 0),
+        ("max_wait_seconds", 0),
         ("max_retries", 0),
         ("file_seconds", 0),
         ("file_bytes", 1),
     ):
-        if (value := getattr(config, name)) < least:
+        if not (value := getattr(config, name)) >= least:  # which NaN is not either
             raise ConfigError(
                 f"download.{name} = {value:g} is less than {least:g}", f"--set download.{name}={max(least, 1):g}"
             )

@@ -22,7 +22,8 @@ from typing import IO, Any
 
 from opensora_core.files import readable, refusal, require_space
 from opensora_core.net.address import Unavailable, redacted
-from opensora_core.net.client import Answer, Client, told
+from opensora_core.net.answer import Answer, told
+from opensora_core.net.client import Client
 from opensora_core.net.patience import Patience, TryAgain
 
 Progress = Callable[[int, int], None]
@@ -35,7 +36,7 @@ _PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
 _SHOWN_TYPES = ("text/html", "application/xhtml")
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/problem")
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class _Transfer:
     def __init__(self, client: Client, url: str, part: Path, wanted: Wanted) -> None:
         self.client, self.url, self.part, self.wanted = client, url, part, wanted
         self.version_file = part.with_name(f"{part.name}.version")
+        self.total = 0  # bytes of the whole, as the server says; 0 where it does not
         self.best = 0  # bytes that were there at a time; only more than these are a gain
         self.name = redacted(url)
         self.is_page = url.partition("?")[0].lower().endswith((".html", ".htm"))
@@ -162,7 +164,8 @@ class _Transfer:
 
     def _attempt(self, patience: Patience) -> None:
         done, version = self._begin()
-        if done and done == version.get("total"):
+        self.total = version.get("total") or 0
+        if done and done == self.total:
             return  # stopped between its last byte and its name
         headers = dict(self.headers)
         if done:
@@ -172,10 +175,10 @@ class _Transfer:
             if answer.status == 416:
                 self.forget()  # longer than the file is now
                 raise TryAgain(f"{self.name} is shorter than what had come of it", status=416)
-            self.client.check(answer, good=(200, 206) if done else (200,))
+            answer.check(good=(200, 206) if done else (200,))
             self._require_file(answer)
             etag = _validator(answer)
-            total = self._total(answer, done, version, etag)
+            total = self.total = self._total(answer, done, version, etag)
             if answer.status != 206:
                 done = 0
             self._require_size(total)
@@ -274,6 +277,9 @@ class _Transfer:
         if self.wanted.size and size != self.wanted.size:
             self.forget()
             raise Unavailable(f"{self.name} sent {size} bytes, not {self.wanted.size}")
+        if self.total and size != self.total:  # nothing of ours does that
+            self.forget()
+            raise Unavailable(f"{self.name}: another process wrote to {self.part} at the same time")
         if not size:
             self.forget()
             raise Unavailable(f"{self.name} sent an empty file")

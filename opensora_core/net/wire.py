@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,14 +125,17 @@ class Wire(io.RawIOBase):
             super().close()
 
 
-def connect(target: Target, clock: Clock, *, allow_private: bool, connect_seconds: float) -> tuple[Wire, bool]:
+def connect(
+    target: Target, clock: Clock, *, allow_private: bool, connect_seconds: float
+) -> tuple[Wire, Mapping[str, str] | None]:
     """Connect to a server, or to the proxy that the environment names for it.
 
     Every address that the name stands for is checked, and the connection is made to one of those that were, so that a
     name cannot mean one machine when it is checked and another when it is used.
 
     Returns:
-        The connection, and whether a request on it names the whole address, as it does to a proxy.
+        The connection, and, where a request on it is read by a proxy and so names the whole address, what else such a
+        request has in its header.
 
     Raises:
         Refused: an address of a private network.
@@ -150,23 +154,23 @@ def connect(target: Target, clock: Clock, *, allow_private: bool, connect_second
     if not allow_private:
         _check(target, addresses)
     wire = Wire(_dial(addresses, target.port, until), clock)
-    return (_secure(wire, target, until) if target.scheme == "https" else wire), False
+    return (_secure(wire, target, until) if target.scheme == "https" else wire), None
 
 
 def _check(target: Target, addresses: list[str]) -> None:
     for address in addresses:
         if is_private(address):
-            raise Refused(f"{target.netloc} is {address}, which is in no public network (download.allow_private)")
+            raise Refused(f"{target.netloc} is {address}, in no public network (download.allow_private=true lets it)")
 
 
 def _dial(addresses: list[str], port: int, until: float) -> socket.socket:
     failure: OSError = OSError("the name stands for no address")
-    for address in addresses:
+    for number, address in enumerate(addresses):
         left = until - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        try:
-            return socket.create_connection((address, port), timeout=left)
+        try:  # a dead address leaves time for the others
+            return socket.create_connection((address, port), timeout=left / (len(addresses) - number))
         except OSError as error:
             failure = error
     raise failure
@@ -182,19 +186,21 @@ def _secure(wire: Wire, target: Target, until: float) -> Wire:
     return wire
 
 
-def _through(proxy: str, target: Target, clock: Clock, until: float) -> tuple[Wire, bool]:
+def _through(proxy: str, target: Target, clock: Clock, until: float) -> tuple[Wire, Mapping[str, str] | None]:
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     server = Target.parse(proxy)
     if urlsplit(proxy).scheme != "http":
         raise Refused(f"the proxy {redacted(proxy)} is of a kind that is not spoken here: only http:// is")
     addresses = resolve(server.host, server.port, until - time.monotonic())
     wire = Wire(_dial(addresses, server.port, until), clock)
+    login = {}
+    if server.login:
+        login = {"Proxy-Authorization": f"Basic {base64.b64encode(server.login.encode()).decode()}"}
     if target.scheme == "http":
-        return wire, True
+        return wire, login
     host = f"[{target.host}]" if ":" in target.host else target.host
     lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
-    if server.login:
-        lines.append(f"Proxy-Authorization: Basic {base64.b64encode(server.login.encode()).decode()}")
+    lines += [f"{name}: {value}" for name, value in login.items()]
     try:
         wire.sendall("\r\n".join([*lines, "", ""]).encode())
         answer, byte = b"", bytearray(1)  # one by one: what follows the empty line belongs to TLS
@@ -208,4 +214,4 @@ def _through(proxy: str, target: Target, clock: Clock, until: float) -> tuple[Wi
     except BaseException:
         wire.close()
         raise
-    return _secure(wire, target, until), False
+    return _secure(wire, target, until), None

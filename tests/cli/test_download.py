@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -192,6 +193,32 @@ def test_weights_are_listed_with_what_is_known(capsys: pytest.CaptureFixture[str
     assert "unknown" in out
 
 
+def test_a_folder_that_weights_were_brought_to_is_listed_and_checked(
+    capsys: pytest.CaptureFixture[str], places: Path
+) -> None:
+    folder = places / "stick"
+    folder.mkdir()
+    (folder / "PixArt-XL-2-256x256.pth").write_bytes(b"x")
+    (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(b'x').hexdigest()}  PixArt-XL-2-256x256.pth\n")
+    assert run(["download", "--list", "--to", str(folder), "--json"]) == 0
+    items = {item["name"]: item["path"] for item in events(capsys)["weights_listed"][0]["items"]}
+    assert items["pixart-256"] == str(folder / "PixArt-XL-2-256x256.pth")
+    assert items["pixart-512"] is None
+    assert run(["download", "--verify", "--to", str(folder), "--json"]) == 0
+    assert {item["name"]: item["status"] for item in events(capsys)["weights_verified"]}["pixart-256"] == "whole"
+
+
+def test_a_hub_that_is_not_there_is_said_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert run(["download", "data", "hf:a/b"]) == 1
+    assert time.monotonic() - began < 3
+    assert "cannot be reached" in capsys.readouterr().err
+
+
 def test_what_a_run_needs_is_planned_with_sizes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["download", "--all-for", "sample", "--preset", "16x256x256", "--dry-run", "--json"]) in (0, 1)
     plan = events(capsys)["weights_plan"][0]
@@ -228,6 +255,12 @@ def test_a_damaged_file_ends_with_1(capsys: pytest.CaptureFixture[str], places: 
         ["data", "nowhere.csv"],
         ["data", "world", "--limit", "1", "--workers", "0"],
         ["data", "imagenet"],
+        ["t5-v1_1-xx"],
+        ["pixart-256", "--preset", "16x256x256"],
+        ["data", "world", "--limit", "1", "--preset", "16x256x256"],
+        ["data", "urls.txt", "--set", "runtime.offline=true"],
+        ["--list", "--from", "x"],
+        ["--verify", "--dry-run"],
     ],
 )
 def test_what_makes_no_sense_ends_with_2(

@@ -62,6 +62,10 @@ def test_a_dry_run_says_what_it_would_measure(clips: Path, capsys: pytest.Captur
     assert run(["split", str(clips / "manifest.jsonl"), "--only-filter", "--dry-run", "--json"]) == 0
     event = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (event["event"], event["num_clips"], event["num_missing"]) == ("filter_plan", 2, 0)
+    before = saved_settings(clips)
+    assert before is not None and run(["split", str(clips), "--only-filter", "--workers", "2"]) == 0
+    after = saved_settings(clips)
+    assert after is not None and (after.workers, after.min_motion) == (2, before.min_motion)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,9 @@ def test_a_dry_run_says_what_it_would_measure(clips: Path, capsys: pytest.Captur
         (["nowhere", "--only-filter"], "there is no manifest nowhere"),
         (["{clips}", "--why", "c.mp4"], "has no clip c.mp4"),
         (["{clips}", "--only-filter", "--set", "filter.min_motion=-1"], "below 0"),
+        (["{clips}", "--only-filter", "--preview"], "--preview says nothing to --only-filter"),
+        (["{clips}", "--only-filter", "--crf", "20"], "--crf says nothing to --only-filter"),
+        (["{clips}", "--why", "a.mp4", "--report"], "--report says nothing to --why"),
         (["{clips}", "--filter", "--shard", "0/2"], "a shard does not know the clips of the others"),
     ],
 )

@@ -352,7 +352,8 @@ def test_a_download_goes_on_where_it_broke_off(dit, places):
     assert list(found.path.parent.iterdir()) == [found.path]
 
 
-def test_a_file_that_changed_meanwhile_is_begun_anew(dit, places):
+def test_a_file_that_changed_meanwhile_is_begun_anew(dit, places, monkeypatch):
+    monkeypatch.setattr("opensora_core.net.client._FIRST_WAIT", 0.01)
     target = places / "weights" / "x.pt"
     dit.cut = [30_000] * 6
     dit.files["dit.pt"] = b"old" * 100_000

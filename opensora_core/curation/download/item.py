@@ -36,6 +36,7 @@ _MAGIC = (
     (0, b"GIF8", ".gif"),
 )
 _SAFE = re.compile(r"[^\w.+-]+")
+_MOST_BYTES, _MOST_PARTS = 150, 16  # of a name, and names of a path
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Item:
 
     def place(self, suffix: str) -> str:
         """Where the file goes, relative to the output."""
-        return self.path or f"files/{slug(self.name)}-{self.file_id}{suffix}"
+        named = Path(self.name)
+        name = named.stem if named.suffix.lower() in MEDIA else self.name
+        return self.path or f"files/{slug(name)}-{self.file_id}{suffix}"
 
     def row(self, path: str, size: int, sha256: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Its row in the manifest, of a file that is here."""
@@ -140,4 +143,11 @@ def safe_path(name: str) -> str:
     parts = [part for part in plain.split("/") if part not in ("", ".")]
     if plain.startswith("/") or re.match(r"[A-Za-z]:", plain) or ".." in parts or "\0" in name or not parts:
         raise ValueError(f"{name!r} leads out of its folder")
-    return "/".join(_SAFE.sub("_", part)[-150:].lstrip(".") or "_" for part in parts)
+    if len(parts) > _MOST_PARTS:
+        raise ValueError(f"{name[:80]!r}... lies in {len(parts) - 1} folders, and {_MOST_PARTS - 1} are the most")
+    return "/".join(_short(_SAFE.sub("_", part)).lstrip(".") or "_" for part in parts)
+
+
+def _short(part: str) -> str:
+    """The end of a name, with its suffix, in as many bytes as a file system takes."""
+    return part.encode(errors="replace")[-_MOST_BYTES:].decode(errors="ignore")

@@ -47,6 +47,8 @@ class Journal:
         self.statuses: dict[str, Status] = {}
         self.files: dict[str, tuple[str, int, str]] = {}
         self.sums: dict[str, str] = {}
+        self.owners: dict[str, str] = {}  # path -> the file that it was given to
+        self.spans: set[tuple[str, float | None, float | None]] = set()  # rows of the manifest
         for row in self._rows():
             self._take(row)
 
@@ -64,6 +66,8 @@ class Journal:
         if row["status"] == "ok":
             self.files[row["file"]] = told["path"], told["bytes"], told["sha256"]
             self.sums.setdefault(told["sha256"], told["path"])
+            self.owners.setdefault(told["path"], row["file"])
+            self.spans.add((told["path"], told.get("start_seconds"), told.get("end_seconds")))
 
     def open(self) -> None:
         """Prepare for writing: drop a torn line, and forget files that somebody removed.
@@ -87,6 +91,8 @@ class Journal:
         if gone:
             paths = {self.files.pop(name)[0] for name in gone}
             self.sums = {digest: path for digest, path in self.sums.items() if path not in paths}
+            self.owners = {path: name for path, name in self.owners.items() if path not in paths}
+            self.spans = {span for span in self.spans if span[0] not in paths}
             for row in self._rows():
                 if row["file"] in gone or row["row"].get("duplicate_of") in paths:
                     self.statuses.pop(row["id"], None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 import threading
 import time
@@ -25,6 +27,8 @@ from opensora_core.errors import InputError, OsoraError, ResourceError, UsageErr
 from opensora_core.files import free_bytes, refusal
 from opensora_core.notice import Notice
 from opensora_core.runs import only_writer
+
+_NAMED = re.compile(r"-([0-9a-f]{16})\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def download_data(config: DownloadConfig, request: DataRequest) -> Iterator[Even
     """
     source = find_source(request)
     _require(request)
+    source.doing(request)  # refuses a request that lacks something, before the folder is made
     stop = threading.Event()
     client = net.client_of(config, stop=stop, trusted=source.trusted(config, request))
     began = time.monotonic()
@@ -75,8 +80,11 @@ def download_data(config: DownloadConfig, request: DataRequest) -> Iterator[Even
             shutil.rmtree(run.session.state / "parts", ignore_errors=True)  # what cannot grow is only in the way
             raise
         finally:
-            with suppress(ResourceError):  # the disk may be full; the next run writes them
-                num_rows = journal.write_tables()
+            if journal.statuses:  # else it did not even begin
+                with suppress(ResourceError):  # the disk may be full; the next run writes them
+                    num_rows = journal.write_tables()
+        if not journal.statuses:
+            num_rows = journal.write_tables()
         run.tidy()
         if not num_rows and run.num_failed:
             raise OsoraError(
@@ -143,6 +151,7 @@ class _Run:
         self._seen: set[str] = set()
         self._waiting: dict[str, list[Item]] = {}  # items whose file another one is bringing
         self._lock = threading.Lock()
+        self._left = self._unlisted()
         self._porters: net.Porters[Item, _Whole] = net.Porters(
             self._carry, name=lambda item: item.name or item.source, num_workers=config.workers, stop=client.stop
         )
@@ -215,10 +224,27 @@ class _Run:
 
     def _placed(self, item: Item) -> Path | None:
         """A file that took its place just before an earlier run was killed."""
-        if item.path:
-            path = self.request.output / item.path
-            return path if path.is_file() else None
-        return next(iter((self.request.output / "files").glob(f"*-{item.file_id}.*")), None)
+        if not item.path:
+            return self._left.get(item.file_id)
+        path = self.request.output / self._place(item, "")
+        return path if path.is_file() else None
+
+    def _unlisted(self) -> dict[str, Path]:
+        """Files that are in their place, and that the journal does not know."""
+        found = {}
+        with suppress(OSError), os.scandir(self.request.output / "files") as entries:
+            for entry in entries:
+                named = _NAMED.search(entry.name)
+                if named and named[1] not in self.journal.files and entry.is_file(follow_symlinks=False):
+                    found[named[1]] = Path(entry.path)
+        return found
+
+    def _place(self, item: Item, suffix: str) -> str:
+        """Where a file goes; what names are equal once they are safe, or what a new version has, is kept apart."""
+        place = Path(item.place(suffix))
+        if self.journal.owners.get(place.as_posix(), item.file_id) != item.file_id:
+            place = place.with_name(f"{place.stem}-{item.file_id}{place.suffix}")
+        return place.as_posix()
 
     def _end(self, word: net.Ended[Item, _Whole]) -> Iterator[Event]:
         with self._lock:
@@ -256,7 +282,7 @@ class _Run:
         if not suffix and not item.path:
             whole.path.unlink()
             raise InputError("it is neither a video nor a picture of a known kind")
-        place = item.place(suffix)
+        place = self._place(item, suffix)
         target = self.request.output / place
         try:
             same = self.journal.sums.get(whole.sha256)
@@ -273,8 +299,8 @@ class _Run:
 
     def _commit(self, item: Item, row: dict[str, Any], *, is_copy: bool = False) -> None:
         """Write the row of an item whose content is here."""
-        if is_copy and item.start_seconds is None and item.end_seconds is None:
-            path = row["path"]
+        path = row["path"]
+        if is_copy and (path, item.start_seconds, item.end_seconds) in self.journal.spans:
             told = {"source": item.source, "reason": f"the same content as {path}", "duplicate_of": path}
             self.journal.add(item.id, item.file_id, "duplicate", told)
             self.num_duplicates += 1
@@ -283,10 +309,11 @@ class _Run:
         self.num_new += 1
 
     def _reject(self, item: Item, reason: str) -> ItemFailed:
+        self.last_reason = reason
+        reason = reason.removeprefix(f"{item.source} ")
         row: dict[str, Any] = {"source": item.source, "reason": reason}
         if item.start_seconds is not None or item.end_seconds is not None:
             row |= {"start_seconds": item.start_seconds, "end_seconds": item.end_seconds}
         self.journal.add(item.id, item.file_id, "failed", row)
         self.num_failed += 1
-        self.last_reason = reason
         return ItemFailed(item.source, reason)

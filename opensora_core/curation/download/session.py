@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 from opensora_core import net
 from opensora_core.config import DownloadConfig
 from opensora_core.curation.download.events import DataRequest
-from opensora_core.curation.download.item import Bring, Brought, Item, safe_path
+from opensora_core.curation.download.item import Bring, Brought, Item
 from opensora_core.curation.download.journal import STATE, Journal
+from opensora_core.curation.sources import slug
 from opensora_core.errors import InputError
 from opensora_core.notice import Notice
 
@@ -84,8 +85,8 @@ class Session:
         key = f"archive:{net.redacted(word)}"
         if self.journal.is_done(key):
             return key, None
-        name = safe_path(unquote(urlsplit(word).path).rpartition("/")[2] or "archive")
-        path = self.state / "archives" / f"{hashlib.sha256(word.encode()).hexdigest()[:12]}-{name}"
+        name = slug(unquote(urlsplit(word).path).rpartition("/")[2] or "archive")
+        path = self.state / "archives" / f"{hashlib.sha256(word.encode(errors='replace')).hexdigest()[:12]}-{name}"
         if not path.is_file():
             net.download(self.client, word, path, on_progress=self.tell(name))
         self.archives.append((key, path))

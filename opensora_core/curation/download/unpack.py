@@ -25,6 +25,11 @@ from opensora_core.files import require_space
 
 _CHUNK = 1 << 20
 _HARMLESS = 256 * 2**20  # bytes that may come of next to nothing without being a bomb
+_MOST_TOLD = 2**20  # bytes of a tar's header that tells of the next one
+_TELLING = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _TORN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
 
@@ -173,13 +178,23 @@ def _zip(path: Path, limits: Limits) -> Iterator[Member]:
             yield Member(info.filename, info.file_size, reason, _writer(opened, info.file_size, info.filename))
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar. Those that only tell of the next one are read into memory, so they may not be large."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _TELLING and self.size > _MOST_TOLD:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return found
+
+
 def _tar(path: Path, limits: Limits) -> Iterator[Member]:
     account = _Account(path, limits)
     with path.open("rb") as raw:
         raw.seek(257)
         is_plain = raw.read(5) == b"ustar"  # members can then be passed over without reading them
         raw.seek(0)
-        with tarfile.open(fileobj=raw, mode="r:" if is_plain else "r|*") as archive:
+        with tarfile.open(fileobj=raw, mode="r:" if is_plain else "r|*", tarinfo=_Header) as archive:
             yield from _tar_members(archive, "", account, None if is_plain else raw)
 
 
@@ -193,12 +208,14 @@ def _tar_members(archive: tarfile.TarFile, folder: str, account: _Account, raw: 
         if info.isreg() and info.name.lower().endswith(".tar") and not folder:
             inner = archive.extractfile(info)
             assert inner is not None
-            with inner, tarfile.open(fileobj=inner, mode="r|") as inside:
+            with inner, tarfile.open(fileobj=inner, mode="r|", tarinfo=_Header) as inside:
                 yield from _tar_members(inside, f"{info.name.removesuffix('.tar')}/", account, raw)
             continue
         reason = account.add(info.size, info.size)
         if not info.isreg():
             reason = "a link or device, not a file"
+        elif info.issparse():
+            reason = "a file with holes, which is no video"
 
         touched: list[bool] = []
 
@@ -251,4 +268,5 @@ def torn(error: Exception) -> str | None:
     """What a failure within a member says about the archive; None if it is no matter of the archive."""
     with suppress(AttributeError):
         return str(error.message)  # type: ignore[attr-defined]
-    return f"it is torn: {error or type(error).__name__}" if isinstance(error, _TORN) else None
+    is_torn = isinstance(error, _TORN) or (isinstance(error, OSError) and error.errno is None)  # as bz2 says it
+    return f"it is torn: {error or type(error).__name__}" if is_torn else None

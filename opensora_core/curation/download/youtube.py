@@ -5,6 +5,7 @@ Only YouTube's own extractor is allowed: others follow a link to wherever it lea
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from collections.abc import Mapping
@@ -170,12 +171,10 @@ def _options(session: Session, folder: Path, tell: net.Progress) -> dict[str, An
     if config.cookies:
         if not Path(config.cookies).expanduser().is_file():
             raise UsageError(f"there is no file of cookies {config.cookies}", "yt-dlp's manual says how to make one")
-        # a copy, because yt-dlp writes back what servers set
-        copy = folder.with_suffix(".cookies")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(config.cookies).expanduser(), copy)
-        copy.chmod(0o600)
-        options["cookiefile"] = str(copy)
+        # in memory, because yt-dlp writes back what servers set
+        options["cookiefile"] = io.StringIO(
+            Path(config.cookies).expanduser().read_text(encoding="utf-8", errors="replace")
+        )
     return options
 
 

@@ -7,6 +7,7 @@ manifest and `explain` says why.
 from __future__ import annotations
 
 from opensora_core.curation.filters.copies import Index
+from opensora_core.curation.filters.explaining import explain, why
 from opensora_core.curation.filters.look import Filter, Place
 from opensora_core.curation.filters.report import write_report
 from opensora_core.curation.filters.scoring import STATE, score
@@ -14,12 +15,10 @@ from opensora_core.curation.filters.sift import (
     REPORT_FILE,
     apply,
     examine,
-    explain,
     measure_first,
     saved_settings,
     sift,
     unfilter,
-    why,
 )
 from opensora_core.curation.filters.table import FILTERS, Reason, Verdict, check, judge, limits_of
 

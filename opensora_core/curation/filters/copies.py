@@ -26,6 +26,7 @@ NUM_PICTURES, BITS = 5, 64
 """Hashes of a clip, and bits of each."""
 
 _PART = 16  # bits of a key: a hundred thousand clips share one or two of them by chance
+_MOST_RADIUS = 3  # bits: a key has 697 neighbours so near
 _LEAST_CONTRAST = 4.0  # standard deviation, in levels, of a picture that has something to hash
 _SIDE, _KEPT = 32, 8  # of the picture that is transformed, and of the lowest frequencies that are kept
 _SEED = 20240614  # of the planes that embeddings are told apart by
@@ -101,11 +102,13 @@ class Index:
         """(bits that differ, name) of all codes that are near, each once, in the order in which they were put in."""
         keys = self._keys(code)
         parts = sum(key is not None for key in keys) or 1
-        flips = _flips(self.most // parts)
         found: set[int] = set()
+        radius = self.most // parts
+        if radius > _MOST_RADIUS:  # most of its pictures show nothing: plain comparison is no slower
+            found.update(range(len(self._codes)))
         for table, key in zip(self._tables, keys, strict=True):
-            if key is not None:
-                for flip in flips:
+            if key is not None and radius <= _MOST_RADIUS:
+                for flip in _flips(radius):
                     if (places := table.get(key ^ flip)) is not None:
                         found.update(places)
         for place in sorted(found):
@@ -124,7 +127,6 @@ class Index:
 @lru_cache(8)
 def _flips(radius: int) -> tuple[int, ...]:
     """Masks of up to `radius` bits of a part, few bits first."""
-    radius = min(radius, 3)  # beyond 697 neighbours of every key, plain comparison would be no slower
     return tuple(
         sum(1 << bit for bit in bits) for count in range(radius + 1) for bits in combinations(range(_PART), count)
     )

@@ -20,7 +20,7 @@ from opensora_core.curation.records import MANIFEST_FILE, REJECTS_FILE, line
 from opensora_core.errors import UsageError
 from opensora_core.files import replacing
 
-if TYPE_CHECKING:  # torch comes with it, which splitting and the processes that measure do without
+if TYPE_CHECKING:
     from opensora_core.data.manifest import Manifest, ManifestBuilder
 
 _REFUSED, _MARK = "clip", b'"what": "clip"'
@@ -80,12 +80,14 @@ def output_of(manifest: Path, output: Path | None) -> Path:
     return found
 
 
-def read_rows(manifest: Path, output: Path) -> Rows:
+def read_rows(manifest: Path, output: Path, rejects: Path | None = None) -> Rows:
     """Read a manifest, and what was refused of it before.
 
     Args:
         manifest: in any form that `data` reads.
         output: the folder that is written.
+        rejects: that belong to the manifest, where it is a whole one that is to take the place of the folder's own;
+            paths are relative to the folder. None are the folder's own.
 
     Raises:
         InputError: a row cannot be used.
@@ -94,6 +96,8 @@ def read_rows(manifest: Path, output: Path) -> Rows:
     from opensora_core.data.manifest import ManifestBuilder, read_manifest
 
     is_own = (output / MANIFEST_FILE).exists() and (output / MANIFEST_FILE).samefile(manifest)
+    if rejects is not None:
+        return _read_whole(manifest, output, rejects)
     others, held = _read_rejects(output / REJECTS_FILE)
     if not is_own:  # the manifest is whole as it is
         held = {}
@@ -114,6 +118,25 @@ def read_rows(manifest: Path, output: Path) -> Rows:
     builder = ManifestBuilder(output)
     _fill(builder, manifest, lines)
     return Rows(output, lines, builder.build(), refused, others)
+
+
+def _read_whole(manifest: Path, output: Path, rejects: Path) -> Rows:
+    """A manifest with all clips; those that the folder has in its rejects stay there until its own is written."""
+    from opensora_core.data.formats.rows import read_lines
+    from opensora_core.data.manifest import ManifestBuilder
+
+    lines = [text.strip().encode(errors="surrogatepass") for text in read_lines(manifest) if text.strip()]
+    builder = ManifestBuilder(output)
+    _fill(builder, manifest, lines)
+    gone = {_span(text) for text in _read_rejects(output / REJECTS_FILE)[1].values()}
+    refused = frozenset(number for number, text in enumerate(lines) if gone and _span(text) in gone)
+    return Rows(output, lines, builder.build(), refused, _read_rejects(rejects)[0])
+
+
+def _span(text: bytes) -> tuple[Any, ...]:
+    """What tells a row from others."""
+    row = json.loads(text)
+    return row.get("path"), row.get("start_seconds"), row.get("end_seconds")
 
 
 def _moved(manifest: Path, listed: Manifest, output: Path) -> Iterator[bytes]:

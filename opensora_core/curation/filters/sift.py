@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from opensora_core.config import FilterConfig, to_dict, with_settings
 from opensora_core.curation.events import (
-    ClipExplained,
     ClipRefused,
     Event,
     FilterDone,
@@ -30,10 +29,10 @@ from opensora_core.curation.filters.copies import (
 from opensora_core.curation.filters.look import Place
 from opensora_core.curation.filters.report import write_report
 from opensora_core.curation.filters.rows import Rows, manifest_of, output_of, read_rows, write_rows
-from opensora_core.curation.filters.scoring import STATE, Log, Measured, Task, score, wanted_of
-from opensora_core.curation.filters.table import FILTERS, Reason, check, judge, limits_of, verdicts
+from opensora_core.curation.filters.scoring import STATE, Log, Measured, Task, wanted_of
+from opensora_core.curation.filters.table import FILTERS, Reason, check, judge, limits_of
 from opensora_core.curation.records import MANIFEST_FILE, REJECTS_FILE, line
-from opensora_core.errors import ConfigError, InputError, UsageError
+from opensora_core.errors import ConfigError, InputError
 from opensora_core.files import write_bytes
 from opensora_core.notice import Notice
 from opensora_core.runs import only_writer
@@ -99,10 +98,12 @@ def apply(
         yield from sift(path, settings, folder, report=report)
 
 
-def sift(manifest: Path, settings: FilterConfig, output: Path, *, report: bool = False) -> Iterator[Event]:
-    """Do what `apply` does, for somebody who holds the folder already."""
+def sift(
+    manifest: Path, settings: FilterConfig, output: Path, *, report: bool = False, rejects: Path | None = None
+) -> Iterator[Event]:
+    """Do what `apply` does, for somebody who holds the folder already; `rejects` as `read_rows` takes them."""
     began = time.monotonic()
-    rows = read_rows(manifest, output)
+    rows = read_rows(manifest, output, rejects)
     log = Log(output)
     tasks = tasks_of(rows.clips, settings)
     missing = log.missing(tasks)
@@ -161,10 +162,11 @@ def unfilter(settings: FilterConfig) -> FilterConfig:
 
 def tasks_of(clips: Manifest, settings: FilterConfig) -> list[Task]:
     """What is to be measured of each clip."""
-    return [_task(clip, settings) for clip in clips]
+    return [task_of(clip, settings) for clip in clips]
 
 
-def _task(clip: Clip, settings: FilterConfig) -> Task:
+def task_of(clip: Clip, settings: FilterConfig) -> Task:
+    """What is to be measured of a clip."""
     try:
         facts = clip.path.stat()
         identity = f"{clip.sha256 or facts.st_mtime_ns} {facts.st_size}"
@@ -290,62 +292,6 @@ def _done(rows: Rows, judged: Judged, settings: FilterConfig, page: Path | None)
         seconds=0.0,
         report=page,
     )
-
-
-def explain(row: Mapping[str, Any], settings: FilterConfig) -> ClipExplained:
-    """What each filter says of a row of a manifest or of the rejects.
-
-    Args:
-        row: with `scores`; one of the rejects also says why it was refused when it was.
-        settings: limits to hold it against, which need not be those that it was judged by.
-    """
-    scores = {name: float(value) for name, value in (row.get("scores") or {}).items()}
-    found = verdicts(scores, settings)
-    reasons = [str(reason) for reason in judge(scores, settings)]
-    if str(row.get("reason", "")).startswith(UNREADABLE):
-        reasons = [str(row["reason"])]
-    return ClipExplained(str(row.get("path", "")), not reasons, tuple(found), "; ".join(reasons))
-
-
-def why(source: Path | None, name: str, settings: FilterConfig | None) -> Iterator[Event]:
-    """Tell what each filter says of one clip. Nothing is written.
-
-    Args:
-        source: a manifest, or the folder of one, that has or had the clip; None if `name` is a file by itself.
-        name: of the clip in the manifest, or a file.
-        settings: limits to hold it against; None are those that the folder is filtered with, or the defaults.
-
-    Raises:
-        UsageError: there is no such clip.
-        InputError: it has not been measured, and cannot be decoded.
-    """
-    folder = None if source is None else manifest_of(source).parent
-    settings = settings or (folder and saved_settings(folder)) or FilterConfig()
-    check(settings)
-    if source is None:
-        if not Path(name).is_file():
-            raise UsageError(f"there is no clip {name}", "name its manifest too: osora split MANIFEST --why CLIP")
-        yield explain({"path": name, "scores": score(Path(name), settings)}, settings)
-        return
-    manifest = manifest_of(source)
-    rows = read_rows(manifest, manifest.parent)
-    ids = [clip.id for clip in rows.clips]
-    number = next((number for number, id in enumerate(ids) if id == name), None)
-    if number is None:
-        likely = [number for number, id in enumerate(ids) if id.endswith(name) or str(rows.clips[number].path) == name]
-        if len(likely) != 1:
-            told = f"{len(likely)} clips end in {name}" if likely else f"{manifest} has no clip {name}"
-            raise UsageError(told, f"for example {ids[(likely or [0])[0]]}")
-        number = likely[0]
-    clip = rows.clips[number]
-    row = {**rows.row(number), "path": clip.id}
-    known = Log(manifest.parent).get(clip.id, _task(clip, settings).identity)
-    if known.broken:
-        row["reason"] = f"{UNREADABLE}: {known.broken}"
-    elif any(name not in known.made for name in wanted_of(settings, clip.caption) if name in FILTERS):
-        place = Place(clip.path, clip.num_frames, clip.start_seconds, clip.end_seconds, clip.caption)
-        row["scores"] = {**(row.get("scores") or {}), **score(place, settings)}
-    yield explain(row, settings)
 
 
 def measure_first(clips: Sequence[Mapping[str, Any]], settings: FilterConfig, output: Path) -> Iterator[FilterProgress]:

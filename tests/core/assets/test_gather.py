@@ -12,6 +12,7 @@ import pytest
 
 from opensora_core import assets
 from opensora_core.assets import ASSETS, WeightsRequest, fetch_weights, find, plan_weights, verify_weights
+from opensora_core.assets.holdings import Word
 from opensora_core.config import DownloadConfig
 from opensora_core.errors import CheckpointError, InputError, ResourceError, UsageError, WeightsError
 from opensora_core.net import client as client_module
@@ -20,6 +21,7 @@ from tests.core.net.loopback import Loopback, file, running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 VAE = ("sd-vae-ft-mse", "vae")
+VAE_REPO = "stabilityai/sd-vae-ft-mse"
 PIXART = ("pixart-256", "model")
 DIT = ("dit-xl-2-256", "model")
 
@@ -75,12 +77,12 @@ def hub(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def bring(*words: assets.gather.Word, **request: object) -> dict[str, assets.WeightsReady]:
+def bring(*words: Word, **request: object) -> dict[str, assets.WeightsReady]:
     events = fetch_weights(DownloadConfig(workers=2), WeightsRequest(words, **request))
     return {event.name: event for event in events if isinstance(event, assets.WeightsReady)}
 
 
-def statuses(*words: assets.gather.Word, folder: Path | None = None) -> list[str]:
+def statuses(*words: Word, folder: Path | None = None) -> list[str]:
     return [event.status for event in verify_weights(words, folder)]
 
 
@@ -123,6 +125,48 @@ def test_a_machine_without_a_network_gets_a_copy(hub, places, monkeypatch):
         bring(DIT, source=str(places / "nowhere"))
     with pytest.raises(WeightsError, match="it is not in"):
         bring(DIT, source=str(places / "stick"))
+
+
+def test_a_folder_is_only_there_when_it_is_whole(hub, places, monkeypatch):
+    monkeypatch.setenv("OSORA_WEIGHTS", str(places / "own"))
+    weights = hub.server.pages.pop(f"/{VAE_REPO}/resolve/{COMMIT}/diffusion_pytorch_model.bin")
+    for to in (places / "own", None):
+        with pytest.raises(WeightsError, match="cannot be had"):
+            bring(VAE, to=to)
+        assert find(*VAE[:1], kind="vae") is None
+    hub.server.pages[f"/{VAE_REPO}/resolve/{COMMIT}/diffusion_pytorch_model.bin"] = weights
+    hub.server.requests.clear()
+    assert bring(VAE, to=places / "own")[VAE[0]].is_new
+    assert not any("config.json" in path for _, path, _ in hub.server.requests)  # which had come
+    assert statuses(VAE, folder=places / "own") == ["whole"]
+    assert [path.name for path in (places / "own").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_has_begun_to_come_needs_no_more_space(hub, places):
+    blobs = places / "hf" / "hub" / "models--PixArt-alpha--PixArt-alpha" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "x.osora.part").write_bytes(bytes(4000))
+    assert plan_weights(WeightsRequest((PIXART,))).missing_bytes == 1000
+
+
+def test_a_mirror_cannot_name_files_outside(hub, places):
+    names = ["config.json", "model.safetensors", "manifest.json", "../../evil.json"]
+    for name in names:
+        hub.add("some/model", name, b"{}")
+    for to in (None, places / "own"):
+        with pytest.raises(WeightsError, match="leads out of its folder"):
+            bring(("hf:some/model", "model"), to=to)
+    assert not list(places.rglob("evil.json"))
+
+
+def test_a_repository_is_copied_from_a_cache(hub, places, monkeypatch):
+    word = ("hf:stabilityai/sd-vae-ft-mse", "vae")
+    hub.files.pop("PixArt-XL-2-256x256.pth")
+    hub.add("stabilityai/sd-vae-ft-mse", "config.json", b"{}", is_lfs=False)
+    bring(word)
+    monkeypatch.setenv("HF_HOME", str(places / "other"))
+    found = bring(word, source=str(places / "hf"))[word[0]].path
+    assert (found / "diffusion_pytorch_model.bin").read_bytes() == b"vae" * 1000
 
 
 def test_a_damaged_copy_is_not_taken(hub, places):

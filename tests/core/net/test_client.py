@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from opensora_core import net
 from opensora_core.config import DownloadConfig
 from opensora_core.errors import ConfigError
 from opensora_core.net import client as client_module
+from opensora_core.net.address import Target
 from opensora_core.net.patience import retry_after
 from tests.core.net.loopback import Handler, redirect, running
 
@@ -39,6 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         *("::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "224.0.0.1"),
         *("64:ff9b::7f00:1", "255.255.255.255", "ff02::1"),
+        *("64:ff9b:1::7f00:1", "::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1"),
     ],
 )
 def test_private_addresses_are_known_in_every_spelling(address):
@@ -120,6 +123,8 @@ def test_addresses_are_shown_without_secrets():
     assert "q=cats" in shown
     for secret in ("me", "pw", "s1", "s2", "s3", "s4", "s5"):
         assert secret not in shown.replace("host.example", "")
+    assert net.redacted("http://h/a?b=1;token=s1;c=%20x") == "http://h/a?b=1;token=***;c=%20x"
+    assert "pw" not in net.redacted("me:pw@host/a")
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -206,3 +211,38 @@ def test_settings_that_make_no_sense_are_refused():
 
     with pytest.raises(ConfigError, match=r"download\.workers"):
         net.client_of(DownloadConfig(workers=0), stop=threading.Event())
+
+
+def test_a_retry_after_that_is_no_number_is_none():
+    assert retry_after({"Retry-After": "nan"}) is None
+    with pytest.raises(ConfigError, match="nan"):
+        net.client_of(DownloadConfig(max_bytes_per_second=float("nan")), stop=threading.Event())
+
+
+def test_a_name_in_other_letters_is_asked_for_as_the_network_spells_it():
+    assert Target.parse("http://b\u00fccher.example/").netloc == "xn--bcher-kva.example"
+    with pytest.raises(net.Refused):
+        Target.parse("http://" + "\u00fc" * 80 + ".example/")
+
+
+def test_a_proxy_gets_its_login_and_a_server_does_not(server, monkeypatch):
+    server.pages["http://files.example/a"] = lambda handler: handler.reply(200, b"[]")
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//user:word@"))
+    assert net.Client(allow_private=True).json("http://files.example/a")[0] == []
+    assert server.requests[0][2]["Proxy-Authorization"] == "Basic dXNlcjp3b3Jk"
+    monkeypatch.delenv("http_proxy")
+    server.pages["/a"] = lambda handler: handler.reply(200, b"[]")
+    net.Client(allow_private=True).json(f"{server.url}/a")
+    assert "Proxy-Authorization" not in server.requests[1][2]
+
+
+def test_what_a_server_says_cannot_write_on_the_terminal(server):
+    def page(handler: Handler) -> None:
+        handler.send_response(404, "\x1b[2Jgone")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    server.pages["/"] = page
+    with pytest.raises(net.Unavailable, match="gone") as caught:
+        net.Client(allow_private=True).json(server.url + "/")
+    assert str(caught.value).isprintable()

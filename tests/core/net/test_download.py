@@ -137,6 +137,13 @@ def _another_version(handler: Handler) -> None:
         handler.reply(200, CONTENT, {"ETag": '"1"'}, None if len(handler.server.requests) > 2 else 100_000)
 
 
+def _endless_numbers(handler: Handler) -> None:
+    if "Range" in handler.headers:
+        handler.reply(206, CONTENT[100_000:], {"ETag": '"1"', "Content-Range": f"bytes 100000-{'9' * 5000}/*"})
+    else:
+        handler.reply(200, CONTENT, {"ETag": '"1"'}, None if len(handler.server.requests) > 2 else 100_000)
+
+
 def _unsatisfiable(handler: Handler) -> None:
     if "Range" in handler.headers:
         handler.reply(416, b"", {"Content-Range": f"bytes */{len(CONTENT)}"})
@@ -176,6 +183,7 @@ def _chunked(handler: Handler) -> None:
         _ignores_ranges,
         _wrong_part,
         _another_version,
+        _endless_numbers,
         _unsatisfiable,
         _busy_twice,
         _busy_until_a_date,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from opensora_core import net
 from opensora_core.curation.download.events import DataRequest
@@ -60,27 +61,27 @@ def _source(
                 session.note(f"{net.redacted(word)} was unpacked before")
                 continue
             try:
-                yield from unpacked(session, path, limits)
+                yield from unpacked(session, path, f"{name}:{_file_name(word)}", limits)
             except InputError as error:
                 session.reject(key, str(path), error.message)
 
-    def unpacked(session: Session, path: Path, limits: Limits) -> Iterator[Item]:
-        others = 0
+    def unpacked(session: Session, path: Path, origin: str, limits: Limits) -> Iterator[Item]:
+        others, seen = 0, set[str]()
         names = _class_names(path, limits) if name == "imagenet" else {}
         for member in members(path, limits):
             if Path(member.name).suffix.lower() not in MEDIA:
                 others += 1
                 if member.refusal:
-                    session.reject(f"{name}:{member.name}", f"{path.name}: {member.name}", member.refusal)
+                    session.reject(f"{origin}:{member.name}", f"{path.name}: {member.name}", member.refusal)
                 continue
             try:
                 place = safe_path(member.name)
             except ValueError as error:
-                session.reject(f"{name}:{member.name}", f"{path.name}: {member.name}", str(error))
+                session.reject(f"{origin}:{member.name}", f"{path.name}: {member.name}", str(error))
                 continue
             item = Item(
-                key=f"{name}:{member.name}",
-                source=f"{name}:{member.name}",
+                key=f"{origin}:{member.name}",
+                source=f"{origin}:{member.name}",
                 bring=_already,
                 path=f"files/{name}/{place}",
                 name=place.rpartition("/")[2],
@@ -91,6 +92,10 @@ def _source(
             if member.refusal:
                 session.reject(item.key, item.source, member.refusal)
                 continue
+            if item.file_id in seen:  # its first one may be in work at this moment
+                session.reject(f"{item.key}#again", item.source, "the archive has it twice; the first one is taken")
+                continue
+            seen.add(item.file_id)
             if (reason := _unpack(item, member, session)) is None:
                 yield item
             else:
@@ -134,6 +139,11 @@ def _unpack(item: Item, member: Member, session: Session) -> str | None:
             raise refusal(part, error) from error
         raise
     return None
+
+
+def _file_name(word: str) -> str:
+    """Of an archive by its path or link."""
+    return unquote(urlsplit(word).path).rpartition("/")[2] if "://" in word else Path(word).name
 
 
 def _folder(place: str) -> str:

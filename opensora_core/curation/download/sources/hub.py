@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from opensora_core import net
-from opensora_core.assets import hub
+from opensora_core.assets import fetch, hub
 from opensora_core.config import DownloadConfig
 from opensora_core.curation.download.events import DataRequest
 from opensora_core.curation.download.item import MEDIA, Item, safe_path
@@ -30,13 +30,16 @@ def _items(session: Session) -> Iterator[Item]:
     place = _place(session.request)
     api = f"{hub.endpoint()}/api/datasets/{place.repo}/revision/{quote(place.revision, safe='')}?blobs=true"
     try:
+        fetch.probe(hub.endpoint())
         told, _ = session.client.json(api, headers=hub.headers())
     except net.Unavailable as error:
         hint = "log in with: hf auth login" if error.status in (401, 403) else "check its name, or HF_ENDPOINT"
         raise OsoraError(f"the data set {place.repo} cannot be had: {error}", hint) from error
     if not isinstance(told, dict) or not isinstance(told.get("siblings"), list):
         raise OsoraError(f"{hub.endpoint()} answered about {place.repo} with no list of files", "check HF_ENDPOINT")
-    commit = str(told.get("sha") or place.revision)
+    commit = str(told.get("sha"))
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):  # it becomes a part of paths
+        raise OsoraError(f"{hub.endpoint()} answered about {place.repo} with no commit", "check HF_ENDPOINT")
     card = told.get("cardData")
     licence = card.get("license") if isinstance(card, dict) else None
     licence = ", ".join(licence) if isinstance(licence, list) else licence
@@ -84,7 +87,7 @@ def _size(file: dict[str, Any]) -> int:
 
 def _captions(session: Session, place: hub.Place, commit: str, files: list[dict[str, Any]]) -> dict[str, str]:
     """Captions by the names of files in the repository, from the tables that lie beside them."""
-    from opensora_core.data import read_manifest  # torch comes with its room
+    from opensora_core.data import read_manifest
 
     captions: dict[str, str] = {}
     for file in files:

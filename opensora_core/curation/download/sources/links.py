@@ -74,7 +74,7 @@ def columns(config: DownloadConfig) -> dict[str, str]:
 
 
 def _rows(path: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    from opensora_core.data.formats.rows import read_lines  # torch comes with its room
+    from opensora_core.data.formats.rows import read_lines
 
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):

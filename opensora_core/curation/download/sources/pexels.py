@@ -50,6 +50,8 @@ def _items(session: Session) -> Iterator[Item]:
         videos = answer.get("videos") if isinstance(answer, dict) else None
         if not isinstance(videos, list):
             raise OsoraError(f"{net.redacted(page)} answered with no list of videos", "see download.pexels_url")
+        if not videos:
+            return
         for video in videos:
             if isinstance(video, dict) and (item := _item(video, session)) is not None:
                 yield item
