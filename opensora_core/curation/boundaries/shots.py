@@ -93,7 +93,7 @@ def decide(curves: Curves, fps: float, options: AutoOptions) -> tuple[list[Found
     score = _stands_out(curves.change, flash, options)
     fades = _fades(curves, flash, options)
     cuts = [cut for cut in _cuts(curves, score, flash, options) if not cut.touches(fades)]
-    wipes = _wipes(curves.wipes, options)
+    wipes = _wipes(curves.wipes, len(curves.change), options)
     found = [*fades, *cuts]
     for gradual in sorted([*_dissolves(curves, flash, options), *wipes], key=lambda item: -item.score):
         if not gradual.touches(found):
@@ -270,7 +270,7 @@ def _dissolves(curves: Curves, flash: Mask, options: AutoOptions) -> list[Found]
     return found
 
 
-def _wipes(wipes: list[Wipe], options: AutoOptions) -> list[Found]:
+def _wipes(wipes: list[Wipe], total: int, options: AutoOptions) -> list[Found]:
     """The best windows that look like a wipe; all that overlap say how long it is."""
     spans = []
     for wipe in sorted(wipes, key=lambda wipe: wipe.cost):
@@ -286,5 +286,6 @@ def _wipes(wipes: list[Wipe], options: AutoOptions) -> list[Found]:
         if not best.touches(found, margin=2):
             same = [span for span in spans if best.start < span.frame < best.end]
             start, end = min(span.start for span in same), max(span.end for span in same)
-            found.append(Found((start + end) // 2, "wipe", max(start - 1, 1), end + 1, best.score))
+            start, end = max(start - 1, 1), min(end + 1, total - 1)
+            found.append(Found((start + end) // 2, "wipe", start, end, best.score))
     return found

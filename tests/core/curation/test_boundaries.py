@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,11 @@ import pytest
 from opensora_core.bench.joined import Label
 from opensora_core.bench.split import Count, drawn, drawn_shot, read_labels
 from opensora_core.curation.boundaries import DETECTORS, Detection, detect, read_boundaries
+from opensora_core.curation.boundaries.curves import Meter, Wipe
+from opensora_core.curation.boundaries.shots import AutoOptions, decide
 from opensora_core.errors import ConfigError, InputError
 from opensora_core.media import write_video
+from opensora_core.media.glance import Chunk
 from tests.core.curation import labelled
 from tests.core.curation.labelled import VIDEOS, Recipe, build, write
 
@@ -165,3 +169,12 @@ def test_real_footage_meets_the_bars(part: str, tmp_path: Path) -> None:
     found = sum(found for found, _ in count.gradual.values())
     assert found >= 0.75 * sum(total for _, total in count.gradual.values())
     assert count.gradual["wipe"][0] >= 0.75 * count.gradual["wipe"][1]
+
+
+def test_a_transition_never_reaches_beyond_the_video() -> None:
+    meter = Meter()
+    plane = np.full((14, 36, 64), 90, np.uint8)
+    meter.add(Chunk(0, np.arange(14) / 25, np.zeros(14, np.bool_), plane, np.stack([plane[:, :18, :32]] * 2, 1), None))
+    slow = Wipe(11, 6, 0.1, (0.4, 0.5, 0.6))  # half of it over at frame 11 of 14, and 24 frames long
+    found, _ = decide(replace(meter.finish(), wipes=[slow]), 25.0, AutoOptions())
+    assert [(item.start, item.end) for item in found] == [(1, 13)]
