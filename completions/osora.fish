@@ -114,7 +114,7 @@ complete -c osora -n '__fish_seen_subcommand_from caption' -l layout -x -a "'aut
 complete -c osora -n '__fish_seen_subcommand_from caption' -l prompt -r -F -d 'What to ask'
 complete -c osora -n '__fish_seen_subcommand_from caption' -l temperature -x -d '0 takes the likeliest word; 1 draws as the model would'
 complete -c osora -n '__fish_seen_subcommand_from caption' -l max-tokens -x -d 'Longest caption'
-complete -c osora -n '__fish_seen_subcommand_from caption' -l clean -d 'Take off '\''The video shows'\'', half sentences and repetitions; also of captions that are there'
+complete -c osora -n '__fish_seen_subcommand_from caption' -l clean -d 'Take off '\''The video shows'\'', half sentences and repetitions'
 complete -c osora -n '__fish_seen_subcommand_from caption' -l camera -d 'Say how the camera moves, from optical flow, where the caption does not'
 complete -c osora -n '__fish_seen_subcommand_from caption' -l language -x -d 'Such as en: leave out captions that are clearly in another language'
 complete -c osora -n '__fish_seen_subcommand_from caption' -l config -r -F -d 'TOML or JSON settings; --print-config writes them'

@@ -109,7 +109,7 @@ def caption(
         typer.Option(
             "--clean",
             metavar="",
-            help="Take off 'The video shows', half sentences and repetitions; also of captions that are there.",
+            help="Take off 'The video shows', half sentences and repetitions.",
             show_default=False,
             rich_help_panel=FINISHING,
         ),
@@ -283,13 +283,18 @@ def _show_done(screen: Console, event: Any) -> None:
         )
         if count
     ]
-    speed = f", {event.clips_per_second:.2f} clips/s" if event.captioned else ""
-    speed += f", {event.tokens_per_second:.0f} tokens/s" if event.tokens_out else ""
-    screen.table(f"captions in {duration(event.seconds)}{speed}", ("clips", "how many"), rows)
+    screen.table(f"captions in {duration(event.seconds)}", ("clips", "how many"), rows)
     if event.tokens_in or event.tokens_out:
         cost = f", at a cost of {event.cost:.2f}" if event.cost else ""
-        waited = f"; {event.outside:.0%} of the time outside the model" if event.captioned else ""
-        screen.text(f"{event.tokens_in} tokens read, {event.tokens_out} written{cost}{waited}")
+        screen.text(f"{event.tokens_in} tokens read, {event.tokens_out} written{cost}")
+        screen.text(
+            f"{event.clips_per_second:.2f} clips/s, {event.tokens_per_second:.0f} tokens/s; "
+            f"{event.outside:.0%} of the time outside the model"
+        )
+    if event.kept and not event.captioned:
+        screen.text("captions that the manifest has are kept; --redo describes their clips anew")
+    if event.rejects and not event.captioned:
+        screen.text("--retry-failed tries those without one again")
     for label, path in (("rejects", event.rejects), ("preview", event.preview), ("captions", event.output)):
         if path is not None:
             screen.text(f"{label}: {printable(path)}")
@@ -310,9 +315,9 @@ def _show_plan(screen: Console, event: Any) -> None:
         ("failed before, for --retry-failed", event.rejected),
     ]
     if event.tokens:
-        rows.append(("tokens it would write, at most", event.tokens))
+        rows.append(("tokens written, at most", event.tokens))
     if event.cost:
-        rows.append(("what these would cost, at most", f"{event.cost:.2f}"))
+        rows.append(("cost of these, at most", f"{event.cost:.2f}"))
     screen.table("what it would do", ("what", "value"), [row for row in rows if row[1]])
     if event.prompt:
         screen.text(f"prompt: {event.prompt}")

@@ -40,7 +40,7 @@ def load_text_model(
     import transformers
 
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             model, info = getattr(transformers, class_name).from_pretrained(
                 folder, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
             )
@@ -73,7 +73,7 @@ def load_tokenizer(path: Path) -> Any:
     import transformers
 
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             # a tokenizer.json says all there is to say; AutoTokenizer would put T5's usual normaliser in its place
             exact = (folder / "tokenizer.json").is_file()
             kind = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
@@ -126,7 +126,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keep transformers from drawing progress bars and from reporting what is checked here anyway."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

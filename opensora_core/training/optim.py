@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opensora_core.config import TrainConfig
 from opensora_core.errors import CheckpointError, ConfigError
-from opensora_core.training.muon import Muon
+from opensora_core.muon import Muon
 
 Optimizer = torch.optim.Optimizer
 

@@ -68,10 +68,10 @@ class Sidecars(_Found):
         """What is written beside a clip; `a.mp4.json` is looked at too, as downloaders write it."""
         for beside in (path.with_suffix(".txt"), path.with_suffix(".json"), path.with_name(f"{path.name}.json")):
             try:
+                if not beside.is_file():  # a pipe would be waited for without end
+                    continue
                 with beside.open("rb") as file:
                     content = file.read(_MOST_BYTES + 1)
-            except FileNotFoundError:
-                continue
             except OSError as error:
                 return Words("", f"cannot read {beside.name}: {error.strerror or error}")
             return _read(beside, content)

@@ -18,9 +18,11 @@ NUM_PAIRS = 6
 
 _FEWEST_POINTS = 12
 _LEAST_AGREED = 0.5  # share of the points that move as one; below, the picture has no common motion
+_LEAST_SPREAD = 0.15  # of the picture, as a standard deviation; of less, it may be an object that moves
 _STILL, _MOVING = 0.012, 0.035  # of the picture's width, or of its scale, in a second
 _STEADY = 0.7  # share of the pairs that go the same way
 _CORNER_QUALITY = 0.01
+_NEAR = 1.5  # pixels of a picture of that width, within which a point is where the others say
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ def pairs(num_frames: int, fps: float) -> list[tuple[int, int]]:
 
 
 def motion_between(before: Frames, after: Frames, seconds: float) -> Motion | None:
-    """The common motion of two frames (H, W, 3) uint8; None where there is none, or nothing to see it by."""
+    """The common motion of two frames (H, W, 3) uint8; None where there is none, or nothing to see it by.
+
+    An object before an empty ground tells nothing of the camera, so what moves as one must be all over the picture.
+    """
     import cv2
 
     grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (before, after)]
@@ -56,8 +61,11 @@ def motion_between(before: Frames, after: Frames, seconds: float) -> Motion | No
     height, width = before.shape[:2]
     centre = np.array([width / 2, height / 2], np.float32)  # so that a zoom is no shift
     here, there = corners[good].reshape(-1, 2) - centre, moved[good].reshape(-1, 2) - centre
-    matrix, agreed = cv2.estimateAffinePartial2D(here, there, method=cv2.RANSAC, ransacReprojThreshold=1.5)
+    near = _NEAR * width / WIDTH  # in a small picture a pixel is far
+    matrix, agreed = cv2.estimateAffinePartial2D(here, there, method=cv2.RANSAC, ransacReprojThreshold=near)
     if matrix is None or agreed.mean() < _LEAST_AGREED:
+        return None
+    if (here[agreed.ravel() == 1].std(axis=0) < _LEAST_SPREAD * np.array([width, height])).any():
         return None
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
     if not 0.5 < scale < 2:

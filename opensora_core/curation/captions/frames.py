@@ -99,7 +99,8 @@ def see(
                 else:
                     yield Shown(word.task.index, clip, *word.result)
             elif isinstance(word, Lost):
-                yield Unseen(word.task.index, known.pop(word.task.index), word.reason)
+                reason = word.reason.replace("source_seconds", "clip_seconds")  # the setting has another name here
+                yield Unseen(word.task.index, known.pop(word.task.index), reason)
             else:
                 yield None
     finally:

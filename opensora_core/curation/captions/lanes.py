@@ -28,6 +28,7 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.1
 _AHEAD = 2  # batches that wait for each lane
 _GRACE_SECONDS = 4.0
+_MOST_WORDS = 256  # that wait to be heard, and that are heard at a time
 _FORGET_FRAMES = 4  # batches' worth of clips of odd sizes that are kept waiting for others of their size
 
 
@@ -63,7 +64,7 @@ class Belt(Generic[T]):
     """A queue that is given up when the work is stopped, and that has an end.
 
     Args:
-        size: items that it holds; 0 is no limit.
+        size: items that it holds.
         stop: set to give up.
     """
 
@@ -119,7 +120,9 @@ class Lanes:
         self.num_lanes = len(devices) if self._is_spread else captioner.lanes
         self._batches: Belt[list[Shown]] = Belt(_AHEAD * self.num_lanes, self._stop)
         self._prepared: Belt[tuple[list[Shown], Any]] = Belt(self.num_lanes, self._stop)
-        self._words: Belt[Word] = Belt(0, self._stop)
+        self._words: Belt[Word] = Belt(_MOST_WORDS, self._stop)
+        self._is_ready = False  # in this process, and not told yet
+        self._broken: BaseException | None = None
         self._threads: list[threading.Thread] = []
         self._processes: list[BaseProcess] = []
 
@@ -131,7 +134,7 @@ class Lanes:
                 self._spawn(lambda device=device: self._drive(device))  # type: ignore[misc]
             return
         self._captioner.load(self._devices[0])
-        self._words.put(Ready())
+        self._is_ready = True  # not by the belt, which may be full, and whose only listener this is
         self._spawn(self._prepare)
         for _ in range(self.num_lanes):
             self._spawn(self._describe)
@@ -142,13 +145,16 @@ class Lanes:
         Raises:
             OsoraError: a step cannot go on.
         """
-        heard: list[Word] = []
-        while (word := self._words.get(0 if heard else seconds)) is not None:
+        if self._broken is not None:
+            raise self._broken
+        heard: list[Word] = [Ready()] if self._is_ready else []
+        self._is_ready = False
+        while len(heard) < _MOST_WORDS and (word := self._words.get(0 if heard else seconds)) is not None:
             if isinstance(word, Broken):
-                if heard:  # what was described is to be kept first
-                    self._words.put(word)
-                    break
-                raise word.error
+                self._broken = word.error
+                if not heard:
+                    raise word.error
+                break  # what was described is to be kept first
             heard.append(word)
         return heard
 
@@ -228,6 +234,12 @@ class Lanes:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._processes.append(process)
         theirs.close()
+        try:
+            self._converse(process, ours, device)
+        finally:
+            process.kill()
+
+    def _converse(self, process: BaseProcess, ours: Connection, device: str) -> None:
         sent: queue.SimpleQueue[list[Shown]] = queue.SimpleQueue()
         room = threading.Semaphore(_AHEAD)
 
@@ -237,9 +249,9 @@ class Lanes:
                     if self._stop.is_set():
                         raise Stopping
                 sent.put(batch)
-                with suppress(BrokenPipeError):  # its death is noticed below
+                with suppress(OSError):  # its death is noticed below
                     ours.send(batch)
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 ours.send(None)
 
         is_fed = False

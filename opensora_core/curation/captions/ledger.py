@@ -2,7 +2,7 @@
 
     captions.jsonl          the rows of the manifest, with captions
     captions.rejects.jsonl  the rows that got none, with status and reason
-    .captions.jsonl/        what the captions were made with, and the lock
+    .captions.jsonl/        what the captions were made with, the lock, and what is not whole yet
 
 A row is the commit mark of its clip. A line that was torn by a kill is cut off, and its clip described again.
 """
@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SETTINGS_FILE = "settings.json"
 _REDOING = "redoing"
+_REJECTS = ".rejects.jsonl"
 Row = dict[str, Any]
 
 
@@ -39,9 +40,10 @@ class Ledger:
         manifest: whose clips are described.
         finished: row -> where its line begins in the output.
         rejected: rows without a caption, as their line says.
-        same: row -> the first row of the same clip, which is described for both.
+        same: row without a caption -> the row of the same clip whose caption it gets.
         kept, passed: rows that have a caption already, or that an earlier step left out.
         others: lines of the output that belong to no row of this manifest.
+        others_rejected: and those of the rejects.
     """
 
     output: Path
@@ -52,13 +54,18 @@ class Ledger:
     kept: set[int] = field(default_factory=set)
     passed: set[int] = field(default_factory=set)
     others: list[bytes] = field(default_factory=list)
+    others_rejected: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from opensora_core.data.manifest import without_dots  # torch comes with it
 
         self.output = Path(without_dots(str(self.output.parent.absolute()))) / self.output.name
-        self.rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
+        self.rejects = self.output.with_name(f"{self.output.stem}{_REJECTS}")
         self.state = self.output.with_name(f".{self.output.name}")
+        if self.output.suffix != ".jsonl":
+            raise UsageError(f"captions are written as JSON lines, not as {self.output.name}", "end its name in .jsonl")
+        if self.output.name.endswith(_REJECTS):
+            raise UsageError(f"{self.output.name} is how the rejects of an output are named", "name another --output")
         self._settings: dict[str, str] = {}
         self._redo = self._is_fresh = False
 
@@ -71,11 +78,10 @@ class Ledger:
             UsageError: the output is somebody else's, or was made with other settings, and `redo` is not asked for.
         """
         self._settings = dict(facts)
-        if self.output.suffix != ".jsonl":
-            raise UsageError(f"captions are written as JSON lines, not as {self.output.name}", "end its name in .jsonl")
         before = self._before()
-        if self.output.exists() and not (self.state / _SETTINGS_FILE).is_file():
-            raise UsageError(f"{self.output} is there and no caption run made it", "choose another --output")
+        for path in (self.output, self.rejects):
+            if path.exists() and not (self.state / _SETTINGS_FILE).is_file():
+                raise UsageError(f"{path} is there and no caption run made it", "choose another --output")
         was_redoing = before.pop(_REDOING, "") == "yes" and before == self._settings
         self._redo, self._is_fresh = redo or was_redoing, redo and not was_redoing
         if before and before != self._settings and not redo and not retry_failed:
@@ -86,20 +92,21 @@ class Ledger:
             raise UsageError(f"{self.output} was captioned with other settings: {told}", "--redo, or another --output")
         rows = self._rows_by_key()
 
-        def known(path: Path) -> Iterator[tuple[int | None, int, bytes, Row]]:
-            for start, text, row in whole_lines(path):
-                yield rows.get(_key(row)), start, text, row
-
-        if not self._is_fresh:
-            for index, start, text, _ in known(self.output):
-                if index is None:
-                    self.others.append(text)
-                elif index not in self.kept and index not in self.passed:
-                    self.finished[index] = start
-            if not retry_failed:
-                for index, _, _, row in known(self.rejects):
-                    if index is not None and index not in self.finished and index not in self.kept:
-                        self.rejected[index] = row
+        if self._is_fresh:
+            return
+        for start, text, row in whole_lines(self.output):
+            index = rows.get(_key(row))
+            if index is None:
+                self.others.append(text)
+            # one without a caption was left out by an earlier step, and no longer is
+            elif index not in self.kept and index not in self.passed and row.get("caption"):
+                self.finished[index] = start
+        for _, text, row in whole_lines(self.rejects):
+            index = rows.get(_key(row))
+            if index is None:
+                self.others_rejected.append(text)
+            elif not retry_failed and not any(index in group for group in (self.finished, self.kept, self.passed)):
+                self.rejected[index] = row
 
     def _before(self) -> dict[str, str]:
         with suppress(OSError, ValueError):
@@ -109,17 +116,24 @@ class Ledger:
         return {}
 
     def _rows_by_key(self) -> dict[str, int]:
+        """The row that stands for each clip: one with a caption goes first, one that was left out last."""
         from opensora_core.data.survey import USABLE_STATUS
 
         rows: dict[str, int] = {}
+        again: list[tuple[str, int]] = []
         for index, row in enumerate(self.manifest.rows(self.output.parent)):
-            first = rows.setdefault(_key(row), index)
-            if first != index:
-                self.same[index] = first
-            elif row.get("status", "") not in USABLE_STATUS:
+            key = _key(row)
+            if row.get("status", "") not in USABLE_STATUS:
                 self.passed.add(index)
             elif row.get("caption") and not self._redo:
                 self.kept.add(index)
+            first = rows.setdefault(key, index)
+            if first != index:
+                again += [(key, first), (key, index)]
+                rows[key] = min(first, index, key=lambda i: (i in self.passed, i not in self.kept, i))
+        for key, index in again:
+            if index != rows[key] and index not in self.passed and index not in self.kept:
+                self.same[index] = rows[key]
         return rows
 
     def todo(self) -> list[int]:
@@ -141,16 +155,15 @@ class Ledger:
             ResourceError: the file system refuses it.
         """
         marks = {_REDOING: "yes"} if self._redo else {}
-        for path in self.output.parent.glob(".osora-*.part"):
+        for path in self.state.glob(".osora-*.part"):  # those beside the output may be another run's, and alive
             with suppress(OSError):
                 path.unlink()
         if self._is_fresh:
             for path in (self.output, self.rejects):
                 _truncate(path, 0)
-            self.finished, self.rejected, self.others = {}, {}, []
         write_bytes(self.state / _SETTINGS_FILE, line({**self._settings, **marks}))
         _truncate(self.output, sum(len(text) for _, text, _ in whole_lines(self.output)))
-        write_bytes(self.rejects, b"".join(line(row) for row in self.rejected.values()))
+        self._write_rejects()
 
     def row(self, index: int) -> Row:
         """A row of the manifest, as the output holds it."""
@@ -182,21 +195,47 @@ class Ledger:
             ResourceError: the file system refuses it.
         """
         require_space(self.output, self.output.stat().st_size if self.output.exists() else 0)
-        with replacing(self.output) as part, part.open("wb") as new, self.output.open("rb") as old:
+        with self._replacing(self.output) as part, part.open("wb") as new, self.output.open("rb") as old:
             for index, row in enumerate(self.manifest.rows(self.output.parent)):
                 first = self.same.get(index, index)
                 if first in self.finished:
                     old.seek(self.finished[first])
                     new.write(line(_with_caption(row, json.loads(old.readline())["caption"])))
-                elif first in self.kept or first in self.passed:
+                elif first != index and first in self.kept:
+                    new.write(line(_with_caption(row, self.manifest[first].caption or "")))
+                elif self.is_written(index):
                     new.write(line(row))
             new.writelines(self.others)
-        if self.rejected:
-            write_bytes(self.rejects, b"".join(line(self.rejected[index]) for index in sorted(self.rejected)))
-        else:
+        self._write_rejects()
+        if not self.rejected and not self.others_rejected:
             with suppress(OSError):
                 self.rejects.unlink(missing_ok=True)
         write_bytes(self.state / _SETTINGS_FILE, line(self._settings))
+
+    def is_written(self, index: int) -> bool:
+        """Whether a row is in the output, once that is in order."""
+        first = self.same.get(index, index)
+        return any(first in group for group in (self.finished, self.kept, self.passed))
+
+    def _write_rejects(self) -> None:
+        with self._replacing(self.rejects) as part, part.open("wb") as new:
+            new.writelines(line(self.rejected[index]) for index in sorted(self.rejected))
+            new.writelines(self.others_rejected)
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """As `files.replacing`, but what a kill leaves lies in our own folder, where no other run is disturbed by it.
+
+        Raises:
+            ResourceError: the file system refuses it.
+        """
+        whole = self.state / path.name
+        with replacing(whole) as part:
+            yield part
+        try:
+            whole.replace(path)
+        except OSError as error:
+            raise refusal(path, error) from error
 
     def reasons(self) -> dict[str, int]:
         """Reason -> clips of all that have no caption."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,35 +15,34 @@ from PIL import Image
 from opensora_core import assets
 from opensora_core.assets.search import BUNDLED_FOLDER
 from opensora_core.config import Config
+from opensora_core.curation.captions.folder import GRID_TYPES, ONE_PICTURE, cure, first_line, own_settings, type_of
+from opensora_core.curation.captions.processor import conversation, load_processor
 from opensora_core.curation.captions.prompt import ask, grid, introduced, places
 from opensora_core.curation.captions.protocol import Shown, Words
-from opensora_core.errors import CheckpointError, ConfigError, UsageError, WeightsError
+from opensora_core.errors import CheckpointError, ConfigError, UsageError, WeightsError, nearest
 from opensora_core.media.pixels import Frames
-
-OWN_FILE = "osora.json"
-"""What a model that is made for this wants: `frames`, `at`, `prompt`, `max_tokens`, `layout`."""
 
 BUNDLED_CAPTIONER = BUNDLED_FOLDER / "captioner"
 
 _MAX_TOKENS = 220
-_GRID_TYPES = ("llava", "llava_next", "vipllava")
-"""Types that were trained on one picture at a time, and so do better with the frames in one."""
-
-_ONE_PICTURE = (
-    *("blip-2", "instructblip", "git", "paligemma", "kosmos-2", "vision-encoder-decoder", "pix2struct", "florence2"),
-)
-"""Types that take no more than one picture."""
-
-_BY_PIL = ("qwen2_vl", "qwen2_5_vl")
-"""Types whose processor asks for torchvision, and whose pictures can be prepared without."""
-
 _BATCH = {"cuda": 8, "mps": 2, "cpu": 4}
 
 
 @dataclass(frozen=True)
 class _Inputs:
+    """Clips as the model takes them, or why its processor does not."""
+
     clips: Sequence[Shown]
     tensors: Any
+    reason: str = ""
+
+
+def _never() -> bool:
+    return False
+
+
+class _Halted(Exception):  # noqa: N818 - the way out of a model
+    """The words are no longer wanted."""
 
 
 class Local:
@@ -86,6 +82,7 @@ class Local:
         found = assets.find(self._word, kind="text")
         self._look_at(found.path if found else None)
         self._model: Any = None
+        self._should_stop: Callable[[], bool] = _never  # no lambda: it is sent to other processes
         self._processor: Any = None
 
     def word(self, word: str) -> str:
@@ -100,7 +97,7 @@ class Local:
                 f"there is no folder {path} with a captioner",
                 f"a repository of the hub is written hf:{word}"
                 if is_repo
-                else "or openai:NAME, tiny, labels, sidecars",
+                else nearest(word, ("tiny", "labels", "sidecars", "openai:NAME", "hf:OWNER/REPO")),
             )
         return str(path.absolute())
 
@@ -110,17 +107,17 @@ class Local:
         own: dict[str, Any] = {}
         self._type = ""
         if folder is not None:
-            self._type = _type_of(folder)
-            own = _own_settings(folder)
+            self._type = type_of(folder)
+            own = own_settings(folder)
         self.at = places(self._config, own.get("at") or ())
         if not self._config.frames and not self._config.at and own.get("frames") and not own.get("at"):
             self.at = tuple(float(x) for x in np.linspace(0.2, 0.8, int(own["frames"])).round(4))
         self._max_tokens = self._config.max_tokens or int(own.get("max_tokens") or _MAX_TOKENS)
         layout: str = self._config.layout
         if layout == "auto":
-            usual = "grid" if self._type in (*_GRID_TYPES, *_ONE_PICTURE, "") else "separate"
+            usual = "grid" if self._type in (*GRID_TYPES, *ONE_PICTURE, "") else "separate"
             layout = own.get("layout", "separate") if own else usual
-        if layout == "separate" and self._type in _ONE_PICTURE and len(self.at) > 1:
+        if layout == "separate" and self._type in ONE_PICTURE and len(self.at) > 1:
             raise UsageError(
                 f"a model of type {self._type} takes one picture, not {len(self.at)}", "--layout grid, or --frames 1"
             )
@@ -138,11 +135,15 @@ class Local:
         return f"{self._config.model} ({kind}), {frames}"
 
     @property
+    def _name(self) -> str:
+        return self._word
+
+    @property
     def facts(self) -> dict[str, str]:
         """What captions depend on. Batches and devices are none of it."""
         wanted = self._config
         return {
-            "model": wanted.model if wanted.model.startswith("hf:") else self._word,
+            "model": self._name,
             "prompt": self._prompt,
             "layout": "grid" if self._is_grid else "separate",
             "temperature": f"{wanted.temperature:g}",
@@ -171,10 +172,10 @@ class Local:
         import transformers
 
         from opensora_core.components import is_out_of_memory, resolve_dtype
-        from opensora_core.text.loading import _quiet as quiet
+        from opensora_core.text.loading import quiet
 
         assert self._folder is not None
-        self._processor = _processor(self._folder, self._type)
+        self._processor = load_processor(self._folder, self._type)
         place = torch.device(device)
         options: dict[str, Any] = {"dtype": resolve_dtype(self._runtime.dtype, place)}
         if self._config.quantise != "none":
@@ -200,7 +201,7 @@ class Local:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
-                f"the captioner in {self._folder} cannot be read: {_first_line(error)}", _cure(error, self._folder)
+                f"the captioner in {self._folder} cannot be read: {first_line(error)}", cure(error, self._folder)
             ) from error
         if lost := sorted(str(key) for kind in ("missing", "mismatched") for key in info[f"{kind}_keys"]):
             raise CheckpointError(
@@ -210,6 +211,9 @@ class Local:
         model = model.eval().requires_grad_(False)
         self._model = model if "device_map" in options else model.to(place)
         self._device = place
+        for layers in (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+            for layer in layers:
+                layer.register_forward_pre_hook(self._halt)
         generation = self._model.generation_config
         tokenizer = self._processor.tokenizer
         if generation.pad_token_id is None:
@@ -217,37 +221,53 @@ class Local:
         # what a repository samples with is not what was asked for
         generation.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
 
+    def _halt(self, *_: Any) -> None:
+        """Leave the model between two layers: a word may take longer than anybody waits who has pressed Ctrl-C.
+
+        A thread that is still in there when the interpreter ends takes the process down with SIGABRT.
+        """
+        if self._should_stop():
+            raise _Halted
+
     def prepare(self, clips: Sequence[Shown]) -> _Inputs:
         """Pictures and words as tensors, padded on the left."""
         pictures: list[Frames] = []
         for shown in clips:
             pictures += [grid(shown.frames)] if self._is_grid and len(shown.frames) > 1 else shown.frames
-        text = _conversation(self._processor, self._prompt, len(pictures) // len(clips))
-        tensors = self._processor(
-            images=[Image.fromarray(picture) for picture in pictures],
-            text=[text] * len(clips),
-            padding=True,
-            return_tensors="pt",
-        )
+        text = conversation(self._processor, self._prompt, len(pictures) // len(clips))
+        try:
+            tensors = self._processor(
+                images=[Image.fromarray(picture) for picture in pictures],
+                text=[text] * len(clips),
+                padding=True,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, IndexError, KeyError) as error:  # such as a picture that is far too narrow
+            return _Inputs(clips, None, f"the model's processor refuses it: {first_line(error)}")
         return _Inputs(clips, tensors)
 
     def describe(self, prepared: _Inputs, should_stop: Callable[[], bool]) -> list[Words]:
-        """Write a caption for each clip of a batch; a batch that is too large for the memory is halved."""
+        """Write a caption for each clip of a batch; one that is refused, or too large for the memory, is halved."""
         import torch
 
         from opensora_core.components import is_out_of_memory
 
-        try:
-            with torch.inference_mode():
-                return self._generate(prepared, should_stop)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._should_stop = should_stop
+        reason = prepared.reason or "describing it takes more memory than there is"
+        if not prepared.reason:
+            try:
+                with torch.inference_mode():
+                    return self._generate(prepared, should_stop)
+            except _Halted:
+                return [Words("", "stopped", failed=True)] * len(prepared.clips)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
         clips = prepared.clips
-        if len(clips) == 1:
-            return [Words("", "describing it takes more memory than there is", failed=True)]
+        if len(clips) == 1 or should_stop():
+            return [Words("", reason, failed=True)] * len(clips)
         middle = len(clips) // 2
         halves = (clips[:middle], clips[middle:])
         return [words for half in halves for words in self.describe(self.prepare(half), should_stop)]
@@ -306,6 +326,10 @@ class Bundled(Local):
             )
         return str(BUNDLED_CAPTIONER)
 
+    @property
+    def _name(self) -> str:
+        return "tiny"  # wherever it is installed
+
 
 class _Draw:
     """Sampling that depends on the clip and not on its batch: the likeliest word after Gumbel noise of its own.
@@ -326,138 +350,6 @@ class _Draw:
         return scores.float() / self._temperature + torch.from_numpy(noise).to(scores.device, torch.float32)
 
 
-def _type_of(folder: Path) -> str:
-    """The type of model in a folder.
-
-    Raises:
-        CheckpointError: it holds none that turns images and text into text.
-    """
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = found["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"no captioner in {folder}: it has no config.json that names a model_type",
-            "name a folder in transformers' layout, such as a download of hf:llava-hf/llava-v1.6-mistral-7b-hf",
-        ) from None
-    from transformers.models.auto import modeling_auto
-
-    if name not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        told = "; its own code would be needed, which is never run" if "auto_map" in found else ""
-        raise CheckpointError(
-            f"{folder} holds a model of type {name}, which does not turn images and text into text{told}",
-            "LLaVA, LLaVA-NeXT, LLaVA-OneVision and Qwen-VL do, among others",
-        )
-    return str(name)
-
-
-def _own_settings(folder: Path) -> dict[str, Any]:
-    path = folder / OWN_FILE
-    if not path.is_file():
-        return {}
-    try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-        at = own.get("at") or []
-        is_sound = all(0 <= float(share) <= 1 for share in at) and int(own.get("frames") or len(at) or 1) > 0
-        is_sound &= own.get("layout", "separate") in ("separate", "grid") and int(own.get("max_tokens") or 1) > 0
-    except (OSError, ValueError, TypeError, AttributeError):
-        is_sound = False
-    if not is_sound:
-        raise CheckpointError(f"{path} cannot be read", "it holds frames, at, prompt, max_tokens and layout")
-    return dict(own)
-
-
-def _processor(folder: Path, model_type: str) -> Any:
-    import transformers
-
-    from opensora_core.text.loading import _quiet as quiet
-
-    has_torchvision = importlib.util.find_spec("torchvision") is not None
-    try:
-        with quiet(transformers):
-            if model_type in _BY_PIL and not has_torchvision:
-                return PilProcessor(folder)
-            processor = transformers.AutoProcessor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:
-        if not has_torchvision and "orchvision" in str(error):
-            raise CheckpointError(
-                f"preparing pictures for a model of type {model_type} takes torchvision, which is not installed",
-                "pip install torchvision, the build that goes with this torch; LLaVA and LLaVA-NeXT do without",
-            ) from error
-        raise CheckpointError(
-            f"the processor in {folder} cannot be read: {_first_line(error)}", _cure(error, folder)
-        ) from error
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or not hasattr(processor, "image_processor"):
-        raise CheckpointError(f"{folder} has no processor for pictures and words", f"fetch {folder} again")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return processor
-
-
-class PilProcessor:
-    """The processor of Qwen2-VL and Qwen2.5-VL without torchvision: Pillow's image processor, and the tokenizer.
-
-    Source: `Qwen2VLProcessor.__call__` of transformers: a place for a picture is repeated once for each of its merged
-    patches.
-    """
-
-    image_token = "<|image_pad|>"
-
-    def __init__(self, folder: Path) -> None:
-        import transformers
-
-        self.image_processor = transformers.AutoImageProcessor.from_pretrained(
-            folder, local_files_only=True, backend="pil"
-        )
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.tokenizer.padding_side = "left"
-        self.chat_template = self.tokenizer.chat_template
-        for name in ("chat_template.jinja", "chat_template.json"):
-            if self.chat_template is None and (folder / name).is_file():
-                text = (folder / name).read_text(encoding="utf-8")
-                self.chat_template = json.loads(text)["chat_template"] if name.endswith(".json") else text
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        """The words of a conversation."""
-        return str(self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options))
-
-    def __call__(self, images: Any, text: Sequence[str], padding: bool, return_tensors: str) -> dict[str, Any]:
-        """Tensors of pictures, and of the words of as many conversations."""
-        seen = self.image_processor(images=images, return_tensors=return_tensors)
-        merged = self.image_processor.merge_size**2
-        counts = [math.prod(size) // merged for size in seen["image_grid_thw"].tolist()]
-        texts = []
-        for words in text:
-            head, *rest = words.split(self.image_token)
-            for tail in rest:
-                head += self.image_token * counts.pop(0) + tail
-            texts.append(head)
-        read = self.tokenizer(texts, padding=padding, return_tensors=return_tensors)
-        kinds = (read["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)).int()
-        return {**read, **seen, "mm_token_type_ids": kinds}
-
-
-def _conversation(processor: Any, prompt: str, num_pictures: int) -> str:
-    """The words of one request, with a place for every picture."""
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    if template:
-        content = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": prompt}]
-        with suppress(TypeError, ValueError):
-            return str(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-                )
-            )
-    token = getattr(processor, "image_token", None) or "<image>"
-    if template is None and str(token) in prompt:
-        return prompt
-    return f"USER: {str(token) * num_pictures}\n{prompt} ASSISTANT:"
-
-
 def _require_quantisation() -> None:
     """Check that what transformers quantises with is here.
 
@@ -470,13 +362,3 @@ def _require_quantisation() -> None:
                 f"caption.quantise takes {name}, which is not installed",
                 "pip install 'osora[8bit]' accelerate, or leave --quantise out",
             )
-
-
-def _cure(error: Exception, folder: Path) -> str:
-    if isinstance(error, ImportError):
-        return "install what it names, or choose another model"
-    return f"delete {folder} and fetch it again"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

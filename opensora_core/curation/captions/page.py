@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -51,13 +52,14 @@ def write_preview(path: Path, ledger: Ledger, config: CaptionConfig, count: int,
     wanted = [int(index) for index in chosen]
     captions = dict(_captions(ledger, set(wanted)))
     clips = [(index, ledger.manifest[index]) for index in wanted]
-    seen = {item.index: item for item in see(config, at or _SPREAD, clips) if item is not None}
+    small = dataclasses.replace(config, camera=False, side=min(config.side or _SIDE, _SIDE))
+    seen = {item.index: _look(item) for item in see(small, at or _SPREAD, clips) if item is not None}
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         file.write(page_head("osora caption", _STYLE))
         file.write(f"<body>\n<header><h1>osora caption</h1><p>{len(wanted)} of {len(ledger.manifest)} clips of ")
         file.write(f"{_text(ledger.output.name)}</p></header>\n<main>\n")
         for index in wanted:
-            file.write(_article(ledger, seen[index], captions.get(index), index))
+            file.write(_article(ledger, index, *seen[index], captions.get(index)))
         file.write("</main>\n</body>\n</html>\n")
 
 
@@ -65,19 +67,25 @@ def _captions(ledger: Ledger, wanted: set[int]) -> Iterator[tuple[int, str]]:
     """Captions of rows, from an output that is in the order of the manifest."""
     with ledger.output.open("rb") as file:
         for index in range(len(ledger.manifest)):
-            first = ledger.same.get(index, index)
-            if any(first in group for group in (ledger.finished, ledger.kept, ledger.passed)):
+            if ledger.is_written(index):
                 text = file.readline()
                 if index in wanted:
                     yield index, json.loads(text).get("caption") or ""
 
 
-def _article(ledger: Ledger, item: Shown | Unseen, caption: str | None, index: int) -> str:
-    frames = item.frames if isinstance(item, Shown) else ()
-    pictures = "".join(f'<img alt="" src="data:image/jpeg;base64,{_jpeg(Image.fromarray(frame))}">' for frame in frames)
-    reason = str(ledger.rejected.get(index, {}).get("reason") or (item.reason if isinstance(item, Unseen) else ""))
-    words = f'<p class="reason">{_text(reason)}</p>' if caption is None else f"<p>{_text(caption)}</p>"
-    return f'<article><div class="frames">{pictures}</div><div><h2>{_text(item.clip.id)}</h2>{words}</div></article>\n'
+def _look(item: Shown | Unseen) -> tuple[str, str, str]:
+    """The name of a clip, its pictures as HTML, and why there are none; the frames themselves are not kept."""
+    if isinstance(item, Unseen):
+        return item.clip.id, "", item.reason
+    pictures = (f'<img alt="" src="data:image/jpeg;base64,{_jpeg(Image.fromarray(frame))}">' for frame in item.frames)
+    return item.clip.id, "".join(pictures), ""
+
+
+def _article(ledger: Ledger, index: int, name: str, pictures: str, unseen: str, caption: str | None) -> str:  # noqa: PLR0917
+    row = ledger.rejected.get(ledger.same.get(index, index), {})
+    reason = str(row.get("reason") or unseen)
+    words = f"<p>{_text(caption)}</p>" if caption else f'<p class="reason">{_text(reason or "no caption")}</p>'
+    return f'<article><div class="frames">{pictures}</div><div><h2>{_text(name)}</h2>{words}</div></article>\n'
 
 
 def _jpeg(image: Image.Image) -> str:

@@ -13,8 +13,8 @@ from opensora_core.errors import ConfigError, InputError
 from opensora_core.media.pixels import Frames
 
 NUM_FRAMES = 3
-_MOST_FRAMES = 64
-_MOST_PROMPT = 20_000  # characters
+MOST_FRAMES = 64
+MOST_PROMPT = 20_000  # characters
 _GAP = 6  # pixels between the frames of a grid
 
 PROMPT = """\
@@ -43,8 +43,8 @@ def ask(config: CaptionConfig) -> str:
         text = Path(config.prompt).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the prompt {config.prompt}: {error}", "--prompt names a file of text") from None
-    if not 0 < len(text) <= _MOST_PROMPT:
-        raise InputError(f"the prompt in {config.prompt} has {len(text)} characters, not 1 to {_MOST_PROMPT}")
+    if not 0 < len(text) <= MOST_PROMPT:
+        raise InputError(f"the prompt in {config.prompt} has {len(text)} characters, not 1 to {MOST_PROMPT}")
     return text
 
 
@@ -64,7 +64,7 @@ def places(config: CaptionConfig, asked_for: Sequence[float] = ()) -> tuple[floa
             at = tuple(float(word.rstrip("%")) / (100 if "%" in word else 1) for word in config.at.split())
         except ValueError:
             at = ()
-        if not at or not all(0 <= x <= 1 for x in at) or list(at) != sorted(at) or len(at) > _MOST_FRAMES:
+        if not at or not all(0 <= x <= 1 for x in at) or list(at) != sorted(at) or len(at) > MOST_FRAMES:
             raise ConfigError(
                 f"caption.at = {config.at!r} is not a row of shares of a clip", "for example caption.at='20% 50% 80%'"
             )
@@ -73,8 +73,8 @@ def places(config: CaptionConfig, asked_for: Sequence[float] = ()) -> tuple[floa
                 f"caption.frames = {config.frames}, and caption.at names {len(at)}", "leave one of them out"
             )
         return at
-    if not 0 <= config.frames <= _MOST_FRAMES:
-        raise ConfigError(f"caption.frames = {config.frames} is not between 1 and {_MOST_FRAMES}")
+    if not 0 <= config.frames <= MOST_FRAMES:
+        raise ConfigError(f"caption.frames = {config.frames} is not between 1 and {MOST_FRAMES}")
     if not config.frames and asked_for:
         return tuple(asked_for)
     count = config.frames or NUM_FRAMES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora_core.config import Config
+from opensora_core.config import CaptionConfig, Config
 from opensora_core.curation.captions.clean import clean
 from opensora_core.curation.captions.events import (
     CaptionDone,
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "captions.jsonl"
 _TELL_SECONDS = 0.5
 _LONGEST_STREAK = 8  # failures of the captioner, one after the other, after which it is not the clips' fault
-_GUESS_TOKENS = 220
+_LONGEST_CAPTION = 20_000  # characters; more is a captioner that does not find an end
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # a NUL makes a manifest unreadable
+_POSITIVE = ("gpus", "request_seconds", "stall_seconds", "clip_seconds", "clip_bytes")
+_NOT_NEGATIVE = ("side", "batch_size", "temperature", "max_tokens", "price_in", "price_out", "workers")
 
 
 @dataclass(frozen=True)
@@ -133,15 +137,25 @@ def _prepare(config: Config, request: CaptionRequest) -> tuple[Captioner, Manife
     from opensora_core.data.manifest import read_manifest  # torch comes with it, which who decodes does without
 
     check_language(config.caption.language)
+    _check_numbers(config.caption)
     captioner = build_captioner(config)
-    if config.caption.gpus < 1 or (config.caption.gpus > 1 and not captioner.is_local):
+    if config.caption.gpus > 1 and not captioner.is_local:
         raise ConfigError(f"caption.gpus = {config.caption.gpus} says nothing to {captioner.about}", "leave it out")
     manifest = read_manifest(request.source)
-    output = request.output or manifest.folder / DEFAULT_NAME
+    ledger = Ledger(request.output or manifest.folder / DEFAULT_NAME, manifest)
     own = request.source / "manifest.jsonl" if request.source.is_dir() else request.source
-    if output.resolve() == own.resolve():
-        raise UsageError(f"{output} is what is read", "name another --output")
-    return captioner, manifest, Ledger(output, manifest)
+    for path in (ledger.output, ledger.rejects):
+        if path.resolve() == own.resolve():
+            raise UsageError(f"{path} is what is read, and would be written", "name another --output")
+    return captioner, manifest, ledger
+
+
+def _check_numbers(config: CaptionConfig) -> None:
+    for names, what in ((_POSITIVE, "above 0"), (_NOT_NEGATIVE, "0 or more")):
+        for name in names:
+            value = getattr(config, name)
+            if value < 0 or (value == 0 and names is _POSITIVE):
+                raise ConfigError(f"caption.{name} = {value} is not {what}")
 
 
 def _read(config: Config, request: CaptionRequest, captioner: Captioner, ledger: Ledger) -> None:
@@ -219,7 +233,9 @@ class _Run:
                 elif isinstance(word, Described):
                     self.busy += word.seconds
                     self._hear(word, captions, rejects)
-            if self.described + len(rejects) + len(captions) + len(self._held) == total:
+            is_last = self.described + len(rejects) + len(captions) + len(self._held) == total
+            is_hopeless = is_last and bool(self._held) and not captions and not self.ledger.finished
+            if is_last and not is_hopeless:
                 rejects += self._release()
             self.ledger.append(captions, [(item.index, status, reason) for item, status, reason in rejects])
             self.captioned += len(captions)
@@ -228,11 +244,11 @@ class _Run:
             self.elapsed = now - ready_at if ready_at else 0.0
             for item, status, reason in rejects:
                 yield CaptionRejected(item.clip.id, status, reason)
-            if len(self._held) >= max(_LONGEST_STREAK, 2 * lanes.num_lanes):
+            if is_hopeless or len(self._held) >= max(_LONGEST_STREAK, 2 * lanes.num_lanes):
                 raise OsoraError(
-                    f"{self.captioner.about} failed on {len(self._held)} clips one after the other: "
+                    f"{self.captioner.about} failed on {_clips(len(self._held))} one after the other: "
                     f"{self._held[-1][1].reason}",
-                    f"{self.captioned} captions of this run are kept; the same command goes on",
+                    f"the same command goes on from here, with {self.captioned} captions of this run kept",
                 )
             if self.described and (now - told >= _TELL_SECONDS or self.described == total):
                 told = now
@@ -246,8 +262,9 @@ class _Run:
                 self._held.append((shown, words))
                 continue
             text, reason = finished(words, shown.camera, clean_up=self.config.caption.clean)
-            wanted, found = self.config.caption.language, language_of(words.text)
-            if text and wanted and found and found != wanted:
+            wanted = self.config.caption.language
+            found = language_of(words.text) if text and wanted else ""  # without what is said of the camera, in English
+            if found and found != wanted:
                 reason = f"the caption is in the language '{found}', not '{wanted}': {text[:80]}"
                 text = ""
             if text:
@@ -301,13 +318,20 @@ class _Run:
         )
 
 
+def _clips(count: int) -> str:
+    return f"{count} clip{'s' if count > 1 else ''}"
+
+
 def finished(words: Words, camera: str, *, clean_up: bool) -> tuple[str, str]:
     """A caption as it is written, or "" and why there is none."""
-    if not words.text.strip():
+    said = _CONTROL.sub("", words.text).strip()
+    if not said:
         return "", words.reason or "the caption is empty"
-    text = clean(words.text) if clean_up else words.text.strip()
+    if len(said) > _LONGEST_CAPTION:
+        return "", f"the caption has {len(said)} characters, more than {_LONGEST_CAPTION}: {said[:80]!r}"
+    text = clean(said) if clean_up else said
     if not text:
-        return "", f"nothing is left of the caption when it is cleaned: {words.text[:80]!r}"
+        return "", f"nothing is left of the caption when it is cleaned: {said[:80]!r}"
     if camera and "camera" not in text.lower() and language_of(text) in ("", "en"):
         text = f"{text}{'' if text[-1] in '.!?…' else '.'} {camera}"
     return text, ""

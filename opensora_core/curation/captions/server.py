@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -20,6 +18,7 @@ from opensora_core.config import Config
 from opensora_core.curation.captions.prompt import ask, grid, introduced, places
 from opensora_core.curation.captions.protocol import Shown, Words
 from opensora_core.errors import ConfigError, OsoraError, UsageError
+from opensora_core.net.answer import said
 from opensora_core.net.client import Client, Limits
 from opensora_core.net.patience import TryAgain
 
@@ -27,7 +26,6 @@ PUBLIC = "https://api.openai.com/v1"
 _MAX_TOKENS = 220
 _QUALITY = 90  # of the JPEGs that are sent
 _LONGEST_WAIT = 120.0  # seconds that a Retry-After is obeyed for
-_MOST_BYTES = 16 * 2**20
 _LOGIN = (401, 403)
 _UNKNOWN = (404, 405)
 
@@ -57,7 +55,9 @@ class Server:
         given = wanted.base_url or os.environ.get("OPENAI_BASE_URL", "")
         self.base_url = (given or PUBLIC).rstrip("/")
         if not self.base_url.startswith(("http://", "https://")):
-            raise UsageError(f"--base-url {self.base_url} is no address", "for example http://localhost:8000/v1")
+            raise UsageError(
+                f"--base-url {self.base_url.rpartition('@')[2]} is no address", "for example http://localhost:8000/v1"
+            )
         self._key = os.environ.get("OPENAI_API_KEY", "")
         if not given and not self._key:
             raise UsageError(
@@ -104,6 +104,7 @@ class Server:
             "prompt": self._prompt,
             "layout": "grid" if wanted.layout == "grid" else "separate",
             "temperature": f"{wanted.temperature:g}",
+            "seed": str(wanted.seed if wanted.temperature else 0),
             "max_tokens": str(wanted.max_tokens or _MAX_TOKENS),
         }
 
@@ -149,7 +150,9 @@ class Server:
             if error.status in _LOGIN:
                 raise OsoraError(f"{error}", "OPENAI_API_KEY holds the key of this server") from error
             if error.status in _UNKNOWN:
-                raise OsoraError(f"{error}", f"is there a model {self.model!r} at {self.base_url}?") from error
+                raise OsoraError(
+                    f"{error}", f"is there a model {self.model!r} at {net.redacted(self.base_url)}?"
+                ) from error
             is_refused = 400 <= error.status < 500 and error.status not in (408, 425, 429)
             return [Words("", str(error), failed=not is_refused)]
         finally:
@@ -170,38 +173,14 @@ class Server:
             headers["Authorization"] = f"Bearer {self._key}"
         deadline = min(until, time.monotonic() + self._config.request_seconds)
         with self._client.open(url, method="POST", headers=headers, body=content, deadline=deadline) as answer:
-            answer.wire.clock.min_bytes_per_second = 0.0  # a model that thinks sends nothing, and then little
-            raw = self._read(answer, url)
+            raw = answer.read_all()
             try:
-                self._client.check(answer)
+                answer.check()
             except (TryAgain, net.Unavailable) as error:
-                if said := self._said(raw):
-                    error.args = (f"{error}: {said}",)
+                if words := said(raw, [self._key] if self._key else []):
+                    error.args = (f"{error}: {words}",)
                 raise
             return _words_in(raw, net.redacted(url))
-
-    @staticmethod
-    def _read(answer: Any, url: str) -> bytes:
-        content = bytearray()
-        try:
-            while chunk := answer.read(1 << 16):
-                content += chunk
-                if len(content) > _MOST_BYTES:
-                    raise net.Unavailable(f"{net.redacted(url)} sent more than {_MOST_BYTES >> 20} MB")
-        except (http.client.HTTPException, OSError, ValueError) as error:
-            raise TryAgain(f"{net.redacted(url)} broke off: {error or type(error).__name__}") from error
-        if answer.length:
-            raise TryAgain(f"{net.redacted(url)} broke off")
-        return bytes(content)
-
-    def _said(self, raw: bytes) -> str:
-        """The server's own words of refusal, without the key."""
-        with suppress(ValueError, RecursionError, AttributeError):
-            told = json.loads(raw)["error"] if raw[:1] == b"{" else ""
-            text = told.get("message", "") if isinstance(told, dict) else str(told)
-            text = " ".join(str(text).split())[:200]
-            return text.replace(self._key, "...") if self._key else text
-        return ""
 
 
 class _Turns:
@@ -237,10 +216,10 @@ def _words_in(raw: bytes, url: str) -> Words:
             text = "".join(part.get("text", "") for part in text)
         usage = answer.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, ArithmeticError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise TryAgain(f"{url} sent something that is no answer") from error
     if not isinstance(text, str) or not text.strip():
-        refusal = message.get("refusal")
+        refusal = " ".join(str(message.get("refusal") or "").split())[:200]
         return Words("", f"the model refuses: {refusal}" if refusal else "the model said nothing", False, *counts)
     return Words(text.strip(), "", False, *counts)
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, ConfigError
+from opensora_core.muon import Muon, orthogonal
 from opensora_core.training import optim
-from opensora_core.training.muon import Muon, orthogonal
 from opensora_core.training.optim import (
     Optimizer,
     build_optimizers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,15 @@ def test_a_batch_beyond_the_memory_is_halved(llava: Path, prompt: Path, monkeypa
 def test_it_stops_within_a_word(llava: Path, prompt: Path) -> None:
     captioner = loaded(llava, prompt=str(prompt), max_tokens=2000)
     (words,) = captioner.describe(captioner.prepare([shown(0)]), lambda: True)
-    assert words.tokens_out <= 1
+    assert words.tokens_out == 0
+    asked: list[int] = []
+
+    def soon() -> bool:
+        asked.append(1)
+        return len(asked) > 2
+
+    captioner.describe(captioner.prepare([shown(0)]), soon)
+    assert len(asked) == 3, "no layer is begun after it"
 
 
 def test_a_folder_says_how_it_wants_to_be_asked(llava: Path, tmp_path: Path) -> None:
@@ -163,6 +172,10 @@ def test_a_prompt_that_does_not_fit_the_model_is_told_as_such(llava: Path, tmp_p
     (words,) = say(loaded(llava, prompt=str(tmp_path / "p.txt")), [shown(0)])
     assert words.failed
     assert words.reason
+
+
+def test_a_captioner_can_be_sent_to_another_process(llava: Path) -> None:
+    assert pickle.loads(pickle.dumps(build_captioner(config_for(llava)))).at == (0.2, 0.5, 0.8)
 
 
 def test_tiny_is_tiny_wherever_it_is_installed() -> None:

@@ -261,6 +261,7 @@ def test_files_of_others_are_left_alone(beside: Path) -> None:
         run(config_for(), beside, output=beside)
     with pytest.raises(UsageError, match="JSON lines"):
         run(config_for(), beside, output=beside.parent / "c.csv")
+    assert not (beside.parent / ".c.csv").exists()
     with pytest.raises(ConfigError, match="gpus = 2 says nothing"):
         run(config_for(gpus=2), beside)
 
@@ -407,6 +408,21 @@ def test_it_stops_when_it_is_told_to(tmp_path: Path, server: Loopback, number: i
 
 
 @pytest.mark.slow
+def test_it_stops_in_the_middle_of_a_word(tmp_path: Path) -> None:
+    """A batch is in the model for many seconds, and the interpreter must not end while it is."""
+    manifest, model = write_clips(tmp_path, 8), build(tmp_path / "model", "llava", width=512)
+    words = ["--model", str(model), "--frames", "32", "--layout", "separate", "--batch-size", "8", "--device", "cpu"]
+    process = subprocess.Popen(command(manifest, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_rows(tmp_path / ".captions.jsonl" / "settings.json", 1, process)
+    time.sleep(2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 130, said
+
+
+@pytest.mark.slow
 def test_several_processes_share_the_clips(tmp_path: Path) -> None:
     manifest, model = write_clips(tmp_path, 8), build(tmp_path / "model", "llava")
     captions = []
@@ -424,7 +440,7 @@ def test_several_processes_share_the_clips(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_model_is_kept_busy(tmp_path: Path) -> None:
     """At most a tenth of the time is spent outside of it; here with room for a machine that does much else."""
-    manifest, model = write_clips(tmp_path, 32, size=(64, 96)), build(tmp_path / "model", "llava", width=128)
+    manifest, model = write_clips(tmp_path, 96, size=(64, 96)), build(tmp_path / "model", "llava", width=128)
     done = run(config_for(str(model), max_tokens=100, batch_size=8), manifest)
-    assert done.captioned == 32
+    assert done.captioned + sum(done.rejected.values()) == 96, "noise may be nothing but control characters"
     assert done.outside < 0.25
