@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
             "diffusion.timestep_shift": 3.0,
             "sampling.sampler": "euler",
             "sampling.steps": 20,
-            "sampling.guidance": 4.0,
+            "sampling.guidance": 5.0,
             "sampling.batch_size": 4,
             "data.source": "world",
             "train.optimizer": "muon",
@@ -83,9 +83,9 @@ PRESETS: dict[str, Preset] = {
             "train.muon_lr": 0.014,
             "train.batch_size": 8,
             "train.draws": 4,  # rendering a clip costs as much as a training step on it
-            "train.max_steps": 5700,
+            "train.max_steps": 15400,
             "train.vae_steps": 2000,
-            "train.decoder_steps": 600,
+            "train.decoder_steps": 1600,
             "train.text_steps": 700,
             "train.warmup_steps": 50,
             "train.decay_fraction": 0.8,  # at the full rate the loss stops falling after some thousand clips
