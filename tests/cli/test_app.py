@@ -171,7 +171,7 @@ def test_every_verb_offers_the_flags_that_all_share() -> None:
         if verb.name:
             words = {word for flag in verb.flags for word in flag.words}
             assert {"--json", "--debug", "--set", "--config"} <= words, verb.name
-            assert verb.name == "split" or "--device" in words, verb.name  # what encodes has --codec
+            assert verb.name in ("split", "download") or "--device" in words, verb.name  # what encodes has --codec
             assert verb.about, verb.name
 
 

@@ -85,7 +85,7 @@ def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(config, folder, tmp
         "seed": 42,
         "steps": 3,
         "sampler": "euler",
-        "guidance": 4.0,
+        "guidance": config.sampling.guidance,
         "size": "32x48",
         "frames": 4,
         "fps": 8.0,
