@@ -46,6 +46,11 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) or value is None else str(value)
 
 
+def _shortened(text: str, width: int) -> str:
+    text = printable(text)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a reader says them: `8.4 s`, `3:07`, `2:00:41`."""
     if seconds < 60:
@@ -152,6 +157,20 @@ class Console:
             self.progress.stop()
             self.progress = None
 
+    def draw_worker(self, number: int, name: str, *, width: int, **state: Any) -> None:
+        """Move the line of one of several workers, numbered from 1, below that of the whole.
+
+        Args:
+            number: of the worker.
+            name: of what it does, cut at `width` characters.
+            width: see there.
+            state: `completed`, `total` and `count` of the line.
+        """
+        assert self.progress is not None
+        if number == len(self.progress.tasks):
+            self.progress.add_task("", total=1.0, count="")
+        self.progress.update(TaskID(number), description=_shortened(name, width), **state)
+
     def draw(self, label: str, step: int = 0, total: int | None = None, seconds_left: float | None = None) -> None:
         """Move the progress line; off a terminal it would be noise, so nothing is drawn there."""
         if not self._err.is_terminal:
@@ -162,12 +181,10 @@ class Console:
             self.progress = Progress(*columns, counts, console=self._err, transient=True)
             self.progress.add_task("", total=None, count="")
             self.progress.start()
-        label = printable(label)
         room = max(self._err.width - 48, 16)  # columns that the bar and the counts leave
-        label = label if len(label) <= room else f"{label[: room - 1]}…"
         left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
         count = "" if total is None else f"{step}/{total}{left}"
-        self.progress.update(TaskID(0), description=label, completed=step, total=total, count=count)
+        self.progress.update(TaskID(0), description=_shortened(label, room), completed=step, total=total, count=count)
 
     def _show_notice(self, event: Any) -> None:
         self.notice(event.message)

@@ -28,14 +28,11 @@ def _show_progress(screen: Console, event: Any) -> None:
         count=f"{readable(event.done_bytes)}{size}{left}",
     )
     for number, state in enumerate(event.workers, 1):
-        if number == len(progress.tasks):
-            progress.add_task("", total=1.0, count="")
-        name = printable(state.name)
-        name = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
         of = f"/{readable(state.total_bytes)}" if state.total_bytes else ""
-        progress.update(
-            TaskID(number),
-            description=name,
+        screen.draw_worker(
+            number,
+            state.name,
+            width=_NAME_WIDTH,
             completed=state.done_bytes,
             total=state.total_bytes or None if state.name else 1,
             count=f"{readable(state.done_bytes)}{of}" if state.name else "waiting",

@@ -471,11 +471,8 @@ def _show_progress(screen: Console, event: Any) -> None:
         count=f"{duration(event.done_seconds)}/{duration(event.total_seconds)}{left}",
     )
     for number, state in enumerate(event.workers, 1):
-        if number == len(progress.tasks):
-            progress.add_task("", total=1.0, count="")
-        name = printable(Path(state.source).name) if state.source else ""
-        name = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
-        progress.update(TaskID(number), description=name, completed=state.fraction, count=state.phase or "waiting")
+        name = Path(state.source).name if state.source else ""
+        screen.draw_worker(number, name, width=_NAME_WIDTH, completed=state.fraction, count=state.phase or "waiting")
 
 
 def _show_source(screen: Console, event: Any) -> None:

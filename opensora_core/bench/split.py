@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import scenedetect
 
 from opensora_core.bench.joined import WIPES, Frames, Label, Reel
 from opensora_core.bench.measurement import Event, Measurement
@@ -99,6 +98,8 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
     Raises:
         InputError: the folder has no labels.json, or one that is none.
     """
+    import scenedetect  # of this suite alone; with OpenCV it takes a while
+
     with tempfile.TemporaryDirectory() as made:
         folder = source
         if folder is None:

@@ -226,6 +226,40 @@ class Client:
         if self.stop.wait(wait):
             raise Cancelled
 
+    def read(
+        self,
+        url: str,
+        *,
+        method: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        deadline: float,
+        good: tuple[int, ...] = (200,),
+        secrets: Iterable[str] = (),
+    ) -> tuple[Answer, bytes]:
+        """Ask an API once, and read what it says; of an error, its own words as well.
+
+        Args:
+            url, method, headers, body, deadline: as `open`.
+            good: statuses that are no error.
+            secrets: words beside those of the credentials that an error must not repeat.
+
+        Returns:
+            The answer, which is closed, and its body.
+
+        Raises:
+            Unavailable, Refused, TryAgain, Cancelled: as `open` and `Answer.check`.
+        """
+        with self.open(url, method=method, headers=headers, body=body, deadline=deadline) as answer:
+            raw = answer.read_all()
+            try:
+                answer.check(good=good)
+            except (TryAgain, Unavailable) as error:
+                if words := said(raw, [*secrets, *_secrets_in(headers)]):
+                    error.args = (f"{error}: {words}",)
+                raise
+            return answer, raw
+
     def json(
         self,
         url: str,
@@ -255,30 +289,21 @@ class Client:
         """
         content = None if body is None else json.dumps(body).encode()
         kind = {} if body is None else {"Content-Type": "application/json"}
-        secrets = [
-            word
-            for name, value in (headers or {}).items()
-            if name.lower() in _CREDENTIALS
-            for word in value.split()
-            if len(word) > 5
-        ]
 
         def attempt(deadline: float) -> tuple[Any, Mapping[str, str]]:
             sent = {"Accept": "application/json", **kind, **(headers or {})}
-            with self.open(url, method=method, headers=sent, body=content, deadline=deadline) as answer:
-                raw = answer.read_all()
-                try:
-                    answer.check(good=(200, 201))
-                except (TryAgain, Unavailable) as error:
-                    if words := said(raw, secrets):
-                        error.args = (f"{error}: {words}",)
-                    raise
-                if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-                    raise Unavailable(f"{redacted(url)} sent something compressed, which was not asked for")
-                try:
-                    return json.loads(raw), dict(answer.headers.items())
-                except (ValueError, RecursionError):
-                    # what a proxy puts in the way, or half of an answer; both pass
-                    raise TryAgain(f"{redacted(url)} sent something that is not JSON", status=answer.status) from None
+            answer, raw = self.read(url, method=method, headers=sent, body=content, deadline=deadline, good=(200, 201))
+            if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise Unavailable(f"{redacted(url)} sent something compressed, which was not asked for")
+            try:
+                return json.loads(raw), dict(answer.headers.items())
+            except (ValueError, RecursionError):
+                # what a proxy puts in the way, or half of an answer; both pass
+                raise TryAgain(f"{redacted(url)} sent something that is not JSON", status=answer.status) from None
 
         return self.tries(attempt, deadline=time.monotonic() + seconds, max_retries=max_retries)
+
+
+def _secrets_in(headers: Mapping[str, str]) -> list[str]:
+    credentials = (value for name, value in headers.items() if name.lower() in _CREDENTIALS)
+    return [word for value in credentials for word in value.split() if len(word) > 5]

@@ -142,19 +142,18 @@ def _stands_out(change: Curve, flash: Mask, options: AutoOptions) -> Curve:
     """(N,) change over that of the frames around, 1 at the threshold; 0 in flashes."""
     # a flash hides little of a cut beside it, but where one follows the other nothing stands out
     shown = np.where(flash, change * np.float32(_FLASHED), change)
-    padded = np.pad(shown, AROUND)
-    inside = np.lib.stride_tricks.sliding_window_view(np.pad(np.ones_like(change), AROUND), 2 * AROUND + 1)
-    views = np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1)
-    score = np.empty(len(change), np.float32)
+    views = np.lib.stride_tricks.sliding_window_view(np.pad(shown, AROUND), 2 * AROUND + 1)
+    whole = np.zeros(len(change), np.bool_)
+    whole[AROUND:-AROUND] = True  # nothing is known of what is before the first frame or after the last
+    least = np.empty(len(change), np.float32)
     for first in range(0, len(change), 4096):  # in pieces, as the windows take 13 times the room
         view = np.delete(views[first : first + 4096], AROUND, axis=1)
         around = options.threshold * (0.5 * view.max(axis=1) + 0.5 * view.mean(axis=1) + 1)
         # where one of the shots stands still, what moves in the other hides the cut less
         sides = view[:, :AROUND].max(axis=1), view[:, AROUND:].max(axis=1)
         one_sided = options.threshold * np.maximum(_STILL * (np.minimum(*sides) + 1), _BUSY * np.maximum(*sides))
-        whole = inside[first : first + 4096].all(axis=1)  # nothing is known of what is before the first frame
-        score[first : first + 4096] = np.where(whole, np.minimum(around, one_sided), around)
-    return np.where(flash, 0, change / score).astype(np.float32)
+        least[first : first + 4096] = np.where(whole[first : first + 4096], np.minimum(around, one_sided), around)
+    return np.where(flash, 0, change / least).astype(np.float32)
 
 
 def _cuts(curves: Curves, score: Curve, flash: Mask, options: AutoOptions) -> list[Found]:

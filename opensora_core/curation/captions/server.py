@@ -18,7 +18,6 @@ from opensora_core.config import Config
 from opensora_core.curation.captions.prompt import ask, grid, introduced, places
 from opensora_core.curation.captions.protocol import Shown, Words
 from opensora_core.errors import ConfigError, OsoraError, UsageError
-from opensora_core.net.answer import said
 from opensora_core.net.client import Client, Limits
 from opensora_core.net.patience import TryAgain
 
@@ -172,15 +171,11 @@ class Server:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         deadline = min(until, time.monotonic() + self._config.request_seconds)
-        with self._client.open(url, method="POST", headers=headers, body=content, deadline=deadline) as answer:
-            raw = answer.read_all()
-            try:
-                answer.check()
-            except (TryAgain, net.Unavailable) as error:
-                if words := said(raw, [self._key] if self._key else []):
-                    error.args = (f"{error}: {words}",)
-                raise
-            return _words_in(raw, net.redacted(url))
+        secrets = [self._key] if self._key else []
+        _, raw = self._client.read(
+            url, method="POST", headers=headers, body=content, deadline=deadline, secrets=secrets
+        )
+        return _words_in(raw, net.redacted(url))
 
 
 class _Turns:
