@@ -323,6 +323,23 @@ class CaptionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share its work; how many there are is for the launcher to say (`--gpus`, `--nodes`).
+
+    What the sizes leave over shares the samples: as copies (`sharding = "replicate"`), or as owners of parts of the
+    state (`zero2`: gradients and optimizer; `zero3`: the weights as well; `hybrid`: zero3 within a machine).
+    """
+
+    engine: Literal["torch", "colossalai"] = "torch"
+    sequence: int = 0  # processes that share the frames of a sample; 0 is one in training, and all that is left else
+    cfg: int = 1  # 2 computes the two halves of guidance on different processes
+    data: int = 0  # groups of processes that draw different samples; 0 is what the others leave
+    sharding: Literal["replicate", "zero2", "zero3", "hybrid"] = "zero3"
+    text: Literal["each", "shard", "broadcast"] = "each"  # where the text encoder is: shard over a machine, or on one
+    timeout_seconds: float = 600.0  # that processes wait for each other, after which the run ends
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Where and how the arithmetic runs."""
 
@@ -350,6 +367,7 @@ class Config:
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

@@ -29,7 +29,12 @@ from opensora_core.training.events import Event, Facts
 from opensora_core.training.loop import Task, fit, step_seed
 from opensora_core.vae.patch import PatchVAE
 
-_SHORTENED = 0.6  # of the captions that the text encoder learns from
+_SHORTENED = {"text": 0.6, "model": 0.3}
+"""The share of captions that words are left out of, by the part that learns from them.
+
+A caption always says colour and shape, and some pairs of them never occur: who reads whole captions only learns to
+guess the one from the other, and reads, or draws, a pair that it never saw as one that it did.
+"""
 
 
 def _clips(seed: int, part: str, step: int, count: int) -> Iterator[tuple[world.Scene, np.random.Generator]]:
@@ -38,6 +43,15 @@ def _clips(seed: int, part: str, step: int, count: int) -> Iterator[tuple[world.
     for index in range(count):
         rng = np.random.default_rng([seed, salt, step, index])
         yield world.draw_scene(rng, split="train"), rng
+
+
+def _caption(scene: world.Scene, rng: np.random.Generator, part: str) -> str:
+    """A caption of a scene, some with words left out; see `_SHORTENED`."""
+    text = world.caption(scene, rng)
+    if rng.random() >= _SHORTENED[part]:
+        return text
+    kept = rng.uniform(0.2, 1)
+    return " ".join(word for word in text.split(" ") if rng.random() < kept)
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
@@ -119,10 +133,6 @@ class TextTask(Task):
 
     Published models stand on a text encoder that was trained before them; this gives the tiny one the same footing, so
     that the denoiser meets embeddings in which what a caption says is already told apart.
-
-    Of most captions some words are left out. A caption always says colour and shape, and some pairs of them never
-    occur: an encoder that reads whole captions only learns to guess the one from the other, and reads a pair that it
-    never saw as one that it did.
     """
 
     name = "text"
@@ -140,11 +150,7 @@ class TextTask(Task):
         texts: list[str] = []
         labels: dict[str, list[int]] = {name: [] for name in world.ATTRIBUTES}
         for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
-            text = world.caption(scene, rng)
-            if rng.random() < _SHORTENED:
-                kept = rng.uniform(0.2, 1)
-                text = " ".join(word for word in text.split(" ") if rng.random() < kept)
-            texts.append(text)
+            texts.append(text := _caption(scene, rng, self.name))
             said = world.parse(text)
             for name, values in world.ATTRIBUTES.items():
                 labels[name].append(values.index(said[name]) if name in said else len(values))
@@ -235,7 +241,7 @@ class WorldTask(DenoiserTask):
         """Latents (B, C, T, h, w), drawn from the posterior, and embedded captions; made on the worker's CPU."""
         frames, captions = [], []
         for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
-            captions.append(world.caption(scene, rng))
+            captions.append(_caption(scene, rng, self.name))
             frames.append(world.render(scene, rng))
         with torch.no_grad():
             video = to_tensor(np.stack(frames))

@@ -1,0 +1,154 @@
+"""Who computes what: the processes of a run as a grid with named axes.
+
+    replicate   copies of the weights, which see other samples
+    shard       parts of the weights, whose owners see other samples too
+    cfg         the conditional and the unconditional half of a sample
+    sequence    the frames of a sample
+
+Neighbours on the last axis are neighbours in rank, so what talks most shares a machine. One process is a grid of one
+and takes the same path as many: its axes have one member and no process group, and every collective leaves things as
+they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from opensora_core.errors import ConfigError, UsageError
+
+AXES = ("replicate", "shard", "cfg", "sequence")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes that share a job, seen by one of them.
+
+    Attributes:
+        name: of the axis.
+        size: how many they are.
+        rank: which one this is, from 0.
+        group: what their collectives go through; None where there is only one.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid of a run, seen by one of its processes.
+
+    Attributes:
+        device: that this process computes on.
+        rank: of this process among all.
+        size: of the grid.
+        replicate: axis of the copies.
+        shard: axis of the parts of the weights.
+        data: both of them as one axis: who is on it sees other samples.
+        cfg: axis of guidance.
+        sequence: axis of the frames.
+        grid: torch's own description, for FSDP and its like; None for one process.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    replicate: Axis = field(default_factory=lambda: Axis("replicate"))
+    shard: Axis = field(default_factory=lambda: Axis("shard"))
+    data: Axis = field(default_factory=lambda: Axis("data"))
+    cfg: Axis = field(default_factory=lambda: Axis("cfg"))
+    sequence: Axis = field(default_factory=lambda: Axis("sequence"))
+    grid: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def whole(self) -> Axis:
+        """Everybody, as one axis."""
+        return Axis("whole", self.size, self.rank, dist.group.WORLD if self.size > 1 else None)
+
+
+def launched() -> int:
+    """How many processes a launcher (torchrun and those that speak like it) has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Which of the processes of this machine this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def place(device: torch.device) -> torch.device:
+    """The device of this process, where `device` names a kind: each process of a machine takes another one."""
+    if device.type in ("cpu", "mps") or (device.index is not None and launched() == 1):
+        return device
+    return torch.device(device.type, local_rank() if launched() > 1 else (device.index or 0))
+
+
+@contextmanager
+def joined(
+    device: torch.device, *, sequence: int = 1, cfg: int = 1, shard: int = 1, timeout_seconds: float = 600.0
+) -> Iterator[Mesh]:
+    """Meet the other processes of the run, and part from them in the end.
+
+    Args:
+        device: that this process computes on.
+        sequence: size of that axis.
+        cfg: size of that axis.
+        shard: size of that axis; 0 takes all that the others leave. What is left over replicates.
+        timeout_seconds: that a collective may take.
+
+    Raises:
+        ConfigError: sizes that the number of processes does not divide into.
+        UsageError: the others cannot be met.
+    """
+    size = launched()
+    sizes = _sizes(size, sequence=sequence, cfg=cfg, shard=shard)
+    if size == 1:
+        yield Mesh(device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}.get(device.type, "gloo")
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the other processes of this run cannot be met: {error}", "start it by --gpus or --nodes"
+        ) from error
+    try:
+        grid = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        data = grid["replicate", "shard"]._flatten("data")
+        axes = {name: _axis(name, grid[name]) for name in AXES} | {"data": _axis("data", data)}
+        yield Mesh(device, dist.get_rank(), size, grid=grid, **axes)
+    finally:
+        dist.destroy_process_group()
+
+
+def _sizes(size: int, *, sequence: int, cfg: int, shard: int) -> tuple[int, int, int, int]:
+    rest, left = divmod(size, sequence * cfg)
+    shard = shard or max(rest, 1)
+    if left or rest % shard:
+        shown = f"sequence={sequence}, cfg={cfg}" + (f", shard={shard}" if shard > 1 else "")
+        raise ConfigError(
+            f"{size} processes do not divide into {shown}", f"--gpus {sequence * cfg * shard}, or a multiple of it"
+        )
+    return rest // shard, shard, cfg, sequence
+
+
+def _axis(name: str, part: DeviceMesh) -> Axis:
+    return Axis(name, part.size(), part.get_local_rank(), part.get_group() if part.size() > 1 else None)

@@ -1,0 +1,82 @@
+"""Running a function on several processes that meet over gloo, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
+    """Call a function of a test module (rank is in RANK) in `size` new processes; returns what each returned.
+
+    Args:
+        size: number of processes.
+        function: importable, as they are started anew; what it takes and returns goes through pickle.
+        *arguments: for each of them.
+        seconds: after which all are killed.
+    """
+    context = mp.get_context("forkserver")  # imports torch once, however many tests there are
+    context.set_forkserver_preload(["torch.distributed.fsdp", "opensora_core.components", "opensora_core.parallel"])
+    results: Any = context.SimpleQueue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_call, args=((rank, size, port), results, function, arguments)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    found: dict[int, Any] = {}
+    failures: list[str] = []
+    try:
+        while len(found) + len(failures) < size and time.monotonic() < end:
+            if results.empty():  # a rank that died tells nothing
+                assert failures or any(process.is_alive() for process in processes) or not results.empty()
+                time.sleep(0.02)
+                continue
+            rank, value, failure = results.get()
+            if failure is None:
+                found[rank] = value
+            else:
+                failures.append(f"rank {rank}:\n{failure}")
+                end = min(end, time.monotonic() + 5)  # the others may wait for it for ever
+        for process in processes:
+            process.join(max(end - time.monotonic(), 1))
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.exitcode for process in processes]
+    assert not failures, "\n".join(failures)
+    assert len(found) == size, (
+        f"{size - len(found)} of {size} ranks told nothing in {seconds} s; they ended with {codes}"
+    )
+    return [found[rank] for rank in range(size)]
+
+
+def _call(place: tuple[int, int, int], results: Any, function: Callable[..., Any], arguments: Any) -> None:
+    rank, size, port = place
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, function(*arguments), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
