@@ -156,7 +156,8 @@ class CaptionedTransformer(LatentTransformer):
         ragged = self.ragged(condition, len(x))
 
         tokens = self.x_embedder(x)
-        tokens = (tokens + added).to(tokens.dtype)
+        tokens = self.own_frames((tokens + added).to(tokens.dtype))
+        frames = None if frames is None else self.own_frames(frames)
         t = self.time_vector(timestep, condition)
         t6 = self.t_block(t).unflatten(1, (6, -1))
         captions = self.y_embedder(condition.tokens)

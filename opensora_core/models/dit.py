@@ -142,10 +142,10 @@ class DiT(LatentTransformer):
         """
         frames, rows, columns = self.x_embedder.grid(x)
         space = spatial_table(self.hidden_size, rows, columns, scale=1.0, device=x.device)
-        time = temporal_table(self.hidden_size, frames, scale=1.0, device=x.device)[:, None]
+        time = self.own_frames(temporal_table(self.hidden_size, frames, scale=1.0, device=x.device)[:, None])
 
         tokens = self.x_embedder(x)
-        tokens = (tokens + space).to(tokens.dtype)
+        tokens = self.own_frames((tokens + space).to(tokens.dtype))
         c = self.t_embedder(timestep) + self.embed(condition)
         for number in range(len(self.blocks)):
             if self.adds_frames(number):

@@ -245,9 +245,13 @@ class SelfAttention(nn.Module):
         """Attend along the third dim of (B, X, N, D), each of the B * X sequences for itself."""
         qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(dim=2)
-        heads = attend(self.q_norm(q), self.k_norm(k), v, backend=self.backend)
+        heads = self.attend(self.q_norm(q), self.k_norm(k), v)
         result: Tensor = self.proj(heads.flatten(2)).view(x.shape)
         return result
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B * X, N, A, K) each -> (B * X, N, A, K): where tokens meet, which `parallel/` replaces for shared ones."""
+        return attend(q, k, v, backend=self.backend)
 
 
 class CrossAttention(nn.Module):
@@ -376,6 +380,13 @@ class LatentTransformer(nn.Module):
             return None
         mask = condition.mask
         return Ragged.build(mask.repeat(batch // len(mask), 1), self.attention)
+
+    def own_frames(self, x: Tensor) -> Tensor:
+        """The frames of tokens (B, T, S, D), or of a table (T, 1, D), that this process walks through the blocks.
+
+        All of them; `parallel/` replaces it where processes share the frames.
+        """
+        return x
 
     def recomputes(self, number: int) -> bool:
         """Whether block `number` recomputes its activations in the backward pass."""

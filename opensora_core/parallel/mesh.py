@@ -13,17 +13,24 @@ they are.
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from opensora_core.errors import ConfigError, UsageError
+from opensora_core.launch.hosts import is_loopback, own_address
 
 AXES = ("replicate", "shard", "cfg", "sequence")
 
@@ -123,12 +130,20 @@ def joined(
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _name_the_card(size)
     backend = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}.get(device.type, "gloo")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        store, rank = _meeting_place(timeout_seconds)
+        # a prefix for each time: what lies there of the last one names addresses that are gone
+        store = PrefixStore(f"osora/{next(_times)}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds + _MARGIN)
+        )
     except (ValueError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', 'nowhere')}:{os.environ.get('MASTER_PORT', '')}"
         raise UsageError(
-            f"the other processes of this run cannot be met: {error}", "start it by --gpus or --nodes"
+            f"the other processes of this run cannot be met at {where}: {error}",
+            "--gpus or --nodes start them; on several machines GLOO_SOCKET_IFNAME names the network card",
         ) from error
     try:
         grid = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -137,6 +152,51 @@ def joined(
         yield Mesh(device, dist.get_rank(), size, grid=grid, **axes)
     finally:
         dist.destroy_process_group()
+
+
+def _name_the_card(size: int) -> None:
+    """Let gloo speak through the card that leads to the other machines, where it would offer them 127.0.0.1.
+
+    It takes the address that this machine's name stands for, which in Debian's hosts file is one that nobody else can
+    reach; and where the name stands for nothing, the loopback.
+    """
+    if size <= int(os.environ.get("LOCAL_WORLD_SIZE", size)) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if sys.platform != "linux":
+        return
+    import fcntl
+
+    with suppress(OSError):
+        if not is_loopback(socket.gethostbyname(socket.gethostname())):
+            return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        first = socket.gethostbyname(os.environ["MASTER_ADDR"])
+        wanted = own_address() if is_loopback(first) else _towards(first)
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # a card without an address
+                asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+                if socket.inet_ntoa(asked[20:24]) == wanted:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def _towards(address: str) -> str:
+    """The address that this machine has for one that it sends to."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+_SIOCGIFADDR = 0x8915
+_times = count()
+_MARGIN = 60.0  # seconds after which torch ends what waits, unless the watchdog has said who is missing before
+
+
+@cache
+def _meeting_place(timeout_seconds: float) -> tuple[Store, int]:
+    """Where the processes meet, which lasts as long as they do, however often they part; and the rank of this one."""
+    store, rank, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds + _MARGIN))))
+    return store, rank
 
 
 def _sizes(size: int, *, sequence: int, cfg: int, shard: int) -> tuple[int, int, int, int]:
