@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_cli import bench, caption, download, options, sample, split, train
+from opensora_cli import bench, caption, download, launch, options, sample, split, train
 from opensora_cli.console import console
 from opensora_core import __version__
 from opensora_core.errors import OsoraError
@@ -91,15 +91,22 @@ def run(words: Sequence[str]) -> int:
         console.fail(error.format_message(), hint, error.exit_code)
         return error.exit_code
     except Terminated:
-        console.fail("terminated", exit_code=TERMINATED)
+        _say_stopped("terminated", TERMINATED)
         return TERMINATED
     except Exception as error:  # a bug of ours: say so, and never with a wall of text
         message = f"internal error, {type(error).__name__}: {error}"
         console.fail(message, "run it again with --debug, and report what that prints")
         return 1
     if code == INTERRUPTED:
-        console.fail("interrupted", exit_code=INTERRUPTED)
+        _say_stopped("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _say_stopped(word: str, code: int) -> None:
+    if launch.is_watched():  # one of many, whose launcher says it once for all
+        console.failure = word, ()
+    else:
+        console.fail(word, exit_code=code)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

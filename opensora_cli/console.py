@@ -63,6 +63,7 @@ class Console:
     """Renders whatever the core yields. Events are known by the name of their class: their modules import torch."""
 
     def __init__(self) -> None:
+        self._log: Screen | None = None
         self.configure()
 
     def configure(self, *, as_json: bool = False, debug: bool = False) -> None:
@@ -74,6 +75,13 @@ class Console:
         self.progress: Progress | None = None
         self._saved: list[Any] = []
         self._pages: list[tuple[str, Path]] = []
+        self.failure: tuple[str, tuple[int, ...]] = ("", ())
+
+    def keep(self, path: Path) -> None:
+        """Write all that is said from now on into a file as well, plainly."""
+        self._log = Screen(
+            file=path.open("a", encoding="utf-8"), width=PIPE_WIDTH, color_system=None, markup=False, highlight=False
+        )
 
     @staticmethod
     def _screen(*, stderr: bool) -> Screen:
@@ -104,8 +112,12 @@ class Console:
 
     def line(self, name: str, values: Mapping[str, Any]) -> None:
         """Write one JSON object on stdout, now."""
-        sys.stdout.write(json.dumps({"event": name, **values}, allow_nan=False) + "\n")
+        line = json.dumps({"event": name, **values}, allow_nan=False) + "\n"
+        sys.stdout.write(line)
         sys.stdout.flush()
+        if self._log is not None:
+            self._log.file.write(line)
+            self._log.file.flush()
 
     def text(self, text: str) -> None:
         """Write a result as it is, unwrapped and uncoloured, so that it can be redirected into a file."""
@@ -123,6 +135,8 @@ class Console:
         for *others, last in cells:
             table.add_row(*others, last if len(last) <= room else f"{last[: room - 1]}…")
         self._out.print(table)
+        if self._log is not None:
+            self._log.print(table)
 
     def notice(self, message: str) -> None:
         """Say something that the reader should know, without stopping."""
@@ -134,6 +148,7 @@ class Console:
     def fail(self, message: str, hint: str = "", exit_code: int = 1) -> None:
         """Say why the command ends, and what to do next."""
         self.stop_progress()
+        self.failure = message, getattr(sys.exc_info()[1], "ranks", ())
         if self.as_json:
             self.line("error", {"message": message, "hint": hint, "exit_code": exit_code})
         else:
@@ -149,7 +164,10 @@ class Console:
         """Print a labelled line on stderr, above the progress line if there is one."""
         body = "\n".join(printable(line) for line in message.splitlines())
         screen = self.progress.console if self.progress else self._err
-        screen.print(Text.assemble((label, style), body), soft_wrap=True)
+        text = Text.assemble((label, style), body)
+        screen.print(text, soft_wrap=True)
+        if self._log is not None:
+            self._log.print(text, soft_wrap=True)
 
     def stop_progress(self) -> None:
         """Take the progress line away, if there is one."""
@@ -280,6 +298,35 @@ class Console:
             facts += [("a step", duration(event.seconds_per_step)), ("the whole run", duration(event.seconds))]
         self.table("the run, memory estimated", ("what", "how much"), facts)
 
+    def _show_launch_plan(self, event: Any) -> None:
+        if event.script:
+            self.text(event.script)
+        else:
+            for command in event.commands:
+                self.text(f"# {command.node}\n{command.line}")
+        where = f", which meet at {event.end_point}" if event.end_point else ""
+        by_hand = "; nothing is started: run each line on its machine" if event.way == "by hand" else ""
+        self.notice(f"{event.way}: {_crew(event)}{where}{by_hand}")
+
+    def _show_started(self, event: Any) -> None:
+        self.above(f"{event.way}: ", f"{_crew(event)}; what each says is in {event.logs}", "cyan")
+
+    def _show_restarting(self, event: Any) -> None:
+        self.above(f"restart {event.number} of {event.limit}: ", event.reason, "yellow")
+
+    def _show_ended(self, event: Any) -> None:
+        self.stop_progress()
+        if event.told:
+            return
+        for line in event.tail if event.rank != 0 else ():  # what rank 0 said is on the screen already
+            self.above("    ", line, "dim")
+        self.fail(event.reason, f"the whole log is {event.log}" if event.log else "", event.code)
+
+    def _show_fabric(self, event: Any) -> None:
+        rates = f"all-reduce {event.all_reduce / 1e9:.2f} GB/s, all-to-all {event.all_to_all / 1e9:.2f} GB/s"
+        hosts = f"{event.processes} processes on {event.hosts} machine{'' if event.hosts == 1 else 's'} agree"
+        self.above("fabric: ", f"{hosts}; {rates}", "cyan")
+
     def _show_sheet(self, event: Any) -> None:
         self._pages.append(("contact sheet", event.path))
 
@@ -316,6 +363,11 @@ RENDERERS: dict[str, Callable[[Console, Any], None]] = {
     "Stage": Console._show_stage,
     "Resumed": Console._show_resumed,
     "Checkup": Console._show_checkup,
+    "LaunchPlan": Console._show_launch_plan,
+    "Started": Console._show_started,
+    "Restarting": Console._show_restarting,
+    "Ended": Console._show_ended,
+    "Fabric": Console._show_fabric,
     "Done": Console._show_done,
 }
 
@@ -324,6 +376,12 @@ console = Console()
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _crew(event: Any) -> str:
+    """How many processes are started where; 0 is one for each GPU."""
+    each = {0: "a process for each GPU", 1: "1 process"}.get(event.processes, f"{event.processes} processes")
+    return f"{each} on {f'each of {event.nodes} machines' if event.nodes > 1 else 'this machine'}"
 
 
 def _word(value: object) -> str:

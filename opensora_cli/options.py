@@ -14,12 +14,13 @@ import typer
 from opensora_cli.console import console
 from opensora_core import presets
 from opensora_core.config import Config, iterate, parse_settings, read_settings, to_dict, to_toml
-from opensora_core.errors import UsageError
+from opensora_core.errors import UsageError, nearest
 
 SETTINGS = "Model and settings"
 RUNTIME = "Where it runs"
 OUTPUT = "Output"
 REPORT = "Reporting"
+MANY = "Many processes"
 
 DEFAULT_PRESET = "tiny"
 
@@ -112,6 +113,61 @@ OfflineOpt = Annotated[
         show_default=False,
         rich_help_panel=RUNTIME,
     ),
+]
+GpusOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        help="Processes on each machine, one for each GPU; with --device cpu on its cores.",
+        show_default="1",
+        rich_help_panel=MANY,
+    ),
+]
+NodesOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes",
+        metavar="M",
+        help="Machines: of the Slurm allocation, of --hostfile, or for commands to start by hand.",
+        show_default="1",
+        rich_help_panel=MANY,
+    ),
+]
+HostfileOpt = Annotated[
+    Path | None,
+    typer.Option("--hostfile", metavar="FILE", help="Machines to start it on, one a line.", rich_help_panel=MANY),
+]
+SubmitOpt = Annotated[
+    bool,
+    typer.Option(
+        "--submit", metavar="", help="Hand it to Slurm's queue; --dry-run prints the file.", rich_help_panel=MANY
+    ),
+]
+MaxRestartsOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--max-restarts",
+        metavar="N",
+        help="Times that a job which failed goes on from its last checkpoint.",
+        show_default="0",
+        rich_help_panel=MANY,
+    ),
+]
+ParallelOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel",
+        metavar="AXIS=N,...",
+        help="How the processes share the work: data, sequence, cfg; e.g. cfg=2,sequence=4.",
+        autocompletion=lambda: ["sequence=2", "data=2", "cfg=2"],
+        show_default=FROM_PRESET,
+        rich_help_panel=MANY,
+    ),
+]
+EngineOpt = Annotated[
+    Literal["torch", "colossalai"] | None,
+    typer.Option("--engine", help="What shares the work of training.", show_default="torch", rich_help_panel=MANY),
 ]
 DryRunOpt = Annotated[
     bool,
@@ -208,6 +264,26 @@ def print_config(config: Config, origins: Mapping[str, str]) -> None:
         console.line("config", {"settings": to_dict(config), "origins": dict(origins)})
     else:
         console.text(to_toml(config, origins))
+
+
+AXES = ("data", "sequence", "cfg")
+
+
+def parse_axes(word: str | None) -> dict[str, int]:
+    """Settings of the axes in `--parallel cfg=2,sequence=4`.
+
+    Raises:
+        UsageError: an unknown axis, one that is named twice, or a size that is not a positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in word.split(",") if word is not None else ():
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES:
+            raise UsageError(f"--parallel {word!r}: there is no axis '{axis}'", nearest(axis, AXES))
+        if not size.isdecimal() or not int(size) or f"parallel.{axis}" in sizes:
+            raise UsageError(f"--parallel {word!r} does not give {axis} one size", "write --parallel cfg=2,sequence=4")
+        sizes[f"parallel.{axis}"] = int(size)
+    return sizes
 
 
 def parse_size(word: str | None) -> tuple[int, int] | tuple[None, None]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opensora_cli import options
+from opensora_cli import launch, options
 from opensora_cli.console import console
 from opensora_cli.options import FROM_PRESET, OUTPUT, REPORT, RUNTIME
 from opensora_core import presets
@@ -189,6 +189,13 @@ def train(
             "--compile", metavar="", help="Compile the blocks first.", show_default=False, rich_help_panel=RUNTIME
         ),
     ] = None,
+    gpus: options.GpusOpt = None,
+    nodes: options.NodesOpt = None,
+    hostfile: options.HostfileOpt = None,
+    submit: options.SubmitOpt = False,
+    max_restarts: options.MaxRestartsOpt = None,
+    parallel: options.ParallelOpt = None,
+    engine: options.EngineOpt = None,
     print_config: options.PrintConfigOpt = False,
     json: options.JsonOpt = False,
     debug: options.DebugOpt = False,
@@ -211,7 +218,10 @@ def train(
         "runtime.device": device,
         "runtime.dtype": dtype,
         "runtime.compile": compile_,
+        "parallel.engine": engine,
+        **options.parse_axes(parallel),
     }
+    wish = launch.wished(gpus=gpus, nodes=nodes, hostfile=hostfile, submit=submit, max_restarts=max_restarts)
     _check_words(
         resume=resume, recipe=recipe, stage=stage, preset=preset, dry_run=dry_run, write_manifest=write_manifest
     )
@@ -230,6 +240,7 @@ def train(
             dry_run=dry_run,
             export=export,
             print_config=print_config,
+            wish=wish,
         )
         return
     if data is not None:
@@ -238,13 +249,8 @@ def train(
         flags["data.source"] = data[0]
     run = _resumed(resume, output) if resume is not None else output
     if run is not None and resume is not None and is_recipe(run):
-        from opensora_core import training
-
-        if data or config or set_ or preset or export or any(value is not None for value in flags.values()):
-            raise UsageError(
-                "a recipe goes on with the settings that it began with", f"osora train --resume {run}, and nothing else"
-            )
-        console.follow(training.train_recipe([], output=run, resume=True))
+        given = [data, config, set_, preset, export, *(None if value is None else True for value in flags.values())]
+        _resume_recipe(run, wish, alone=not any(given))
         return
     saved = options.saved_settings(run) if run is not None and resume is not None else None
     name = preset or (None if saved else presets.STAGES[stage][0] if stage else options.DEFAULT_PRESET)
@@ -253,6 +259,10 @@ def train(
         options.print_config(settings, origins)
         return
     run = run or _new_run(str(name))
+    home = Path(settings.data.cache) if cache_only and settings.data.cache else run
+    if launch.launched_many(wish, home, settings, dry_run=dry_run is not None):
+        return
+    launch.as_rank(home)
 
     from opensora_core import training
 
@@ -261,12 +271,35 @@ def train(
     elif cache_only:
         console.follow(training.fill_cache(settings))
     else:
-        if export is not None:
-            training.check_export(export)
-        console.follow(training.train(settings, output=run, resume=resume is not None))
-        if export is not None:
-            training.export(run, export)
-        console.notice(f"the model is ready: osora sample --model {export or run} --prompt {_example(settings)}")
+        _train(settings, run, resume=resume is not None, export=export)
+
+
+def _train(settings: Config, run: Path, *, resume: bool, export: Path | None) -> None:
+    """Train one model, and say what it is good for."""
+    from opensora_core import training
+
+    if export is not None:
+        training.check_export(export)
+    console.follow(training.train(settings, output=run, resume=resume))
+    if not launch.is_first():
+        return
+    if export is not None:
+        training.export(run, export)
+    console.notice(f"the model is ready: osora sample --model {export or run} --prompt {_example(settings)}")
+
+
+def _resume_recipe(run: Path, wish: launch.Wish, *, alone: bool) -> None:
+    """Go on with a recipe; `alone` says that nothing else was asked for."""
+    from opensora_core import training
+
+    if not alone:
+        raise UsageError(
+            "a recipe goes on with the settings that it began with", f"osora train --resume {run}, and nothing else"
+        )
+    if wish.is_many and launch.launched_many(wish, run, training.read_recipe(run)[0].config):
+        return
+    launch.as_rank(run)
+    console.follow(training.train_recipe([], output=run, resume=True))
 
 
 def _check_words(
@@ -310,6 +343,7 @@ def _recipe(
     dry_run: str | None,
     export: Path | None,
     print_config: bool,
+    wish: launch.Wish,
 ) -> None:
     """Resolve every stage of a recipe, and train them."""
     chapters: list[tuple[str, Config]] = []
@@ -323,6 +357,10 @@ def _recipe(
             options.print_config(settings, origins)
     if print_config:
         return
+    run = output or _new_run(name)
+    if launch.launched_many(wish, run, chapters[0][1], dry_run=dry_run is not None):
+        return
+    launch.as_rank(run)
 
     from opensora_core import training
 
@@ -330,10 +368,11 @@ def _recipe(
         for _, settings in chapters:
             console.follow(training.examine(settings, measure=dry_run == "measure"))
         return
-    run = output or _new_run(name)
     if export is not None:
         training.check_export(export)
     console.follow(training.train_recipe([training.Chapter(*chapter) for chapter in chapters], output=run))
+    if not launch.is_first():
+        return
     last = run / f"{len(chapters)}-{chapters[-1][0]}"
     if export is not None:
         training.export(last, export)
@@ -369,7 +408,13 @@ def _resumed(word: str, output: Path | None) -> Path:
 
 
 def _new_run(name: str) -> Path:
-    """A folder for a new run that no other has."""
+    """A folder for a new run that no other has.
+
+    Raises:
+        UsageError: this is one of many processes, each of which would find another one.
+    """
+    if launch.is_started():
+        raise UsageError("processes that torchrun starts write to one folder", "name it by --output")
     run = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     numbered, number = run, 2
     while numbered.exists():
