@@ -26,6 +26,8 @@ from opensora_core.files import MANIFEST, verify_manifest
 from opensora_core.lora import is_lora, merge_lora
 from opensora_core.models import LatentTransformer, convert, load
 from opensora_core.models.convert import NULL_CAPTION
+from opensora_core.parallel import place
+from opensora_core.parallel.shards import Stored
 from opensora_core.text import TextEncoder
 from opensora_core.vae import VideoVAE
 from opensora_core.weights import Weights, read_weights
@@ -38,6 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: str = "auto") -> torch.device:
     """The device of a name; `auto` is the first GPU, else Apple's, else the CPU.
 
+    Of the processes of a run on one machine each gets another GPU.
+
     Raises:
         DeviceError: it is not there; those that are get listed.
     """
@@ -48,7 +52,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if wanted not in available:
         reason = "" if torch.version.cuda or not wanted.startswith("cuda") else ": torch has no CUDA here"
         raise DeviceError(f"there is no device '{name}'{reason}", f"--device {' or '.join(available)}, or auto")
-    return torch.device(wanted)
+    return place(torch.device(wanted))
 
 
 def devices() -> list[str]:
@@ -284,8 +288,8 @@ def read_denoiser(path: Path) -> Weights:
     if runs.is_run(path):
         path = _checkpoint_of(path)
     if runs.is_checkpoint(path):
-        state = read_weights(path / runs.WEIGHTS_FILE).state
-        return Weights(state | read_weights(path / runs.AVERAGE_FILE).state)
+        stored = Stored(path)
+        return Weights(stored.read("weights") | stored.read("ema"))
     if (path / "running_states.json").is_file():
         return read_weights(path / "ema.pt" if (path / "ema.pt").is_file() else path / "model")
     return read_weights(path)

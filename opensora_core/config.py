@@ -177,6 +177,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False  # write them while the training goes on, from a copy in memory
     wandb: str = ""  # a project of Weights & Biases to report to
 
 
@@ -214,6 +215,8 @@ class SplitConfig:
     codec_preset: str = "veryfast"
     crf: int = 18
     fast_decode: bool = False  # clips that decode faster and are larger
+    engine: Literal["local", "ray"] = "local"  # processes of this machine, or workers of a Ray cluster
+    ray_address: str = ""  # of the cluster, HOST:PORT or auto; empty starts one on this machine
     workers: int = 0  # processes; 0 is one per core
     decode_threads: int = 1  # of one process
     stall_seconds: float = 60.0  # in which nothing of a source is read, after which it is given up
@@ -316,7 +319,9 @@ class CaptionConfig:
     clean: bool = False  # take off openings such as `The video shows`, half sentences and repetitions
     camera: bool = False  # say how the camera moves, from optical flow
     language: str = ""  # such as `en`: captions that are clearly of another are left out
-    workers: int = 0  # processes that decode; 0 is one per core, four at most
+    engine: Literal["local", "ray"] = "local"  # processes of this machine, or workers of a Ray cluster
+    ray_address: str = ""  # of the cluster, HOST:PORT or auto; empty starts one on this machine
+    workers: int = 0  # processes that decode; 0 is one per core, four at most; of a cluster, four for each of gpus
     stall_seconds: float = 20.0  # in which nothing of a clip is read, after which it is given up
     clip_seconds: float = 120.0  # of wall time that reading a clip may take
     clip_bytes: int = 2**30  # of memory that reading a clip may take
@@ -335,8 +340,10 @@ class ParallelConfig:
     cfg: int = 1  # 2 computes the two halves of guidance on different processes
     data: int = 0  # groups of processes that draw different samples; 0 is what the others leave
     sharding: Literal["replicate", "zero2", "zero3", "hybrid"] = "zero3"
+    plugin: Literal["", "ddp", "zero1", "zero2", "hybrid", "gemini"] = ""  # colossalai's way to shard; empty is zero2
     text: Literal["each", "shard", "broadcast"] = "each"  # where the text encoder is: shard over a machine, or on one
     timeout_seconds: float = 600.0  # that processes wait for each other, after which the run ends
+    lost_seconds: float = 20.0  # without a sign of life, after which a process is given up and the run ends
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@
         validation.jsonl    a row per validation
         tensorboard/        the same, drawn
         samples/            what the model made of prompts on the way
-        checkpoints/step-N/ weights, their average, the optimizer, the settings, and a manifest of SHA-256 sums
+        logs/               of several processes: what each said, and how it ended
+        checkpoints/step-N/ weights, their average, the optimizer, the settings, and a manifest of SHA-256 sums;
+                            of several processes in parts, and `shards.json` says what is where
 
 A checkpoint takes its name when it is whole. One flipped bit loads without complaint from every format there is, so the
 sums are checked before one is used.
@@ -36,6 +38,7 @@ VALIDATION_FILE = "validation.jsonl"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"
 AVERAGE_FILE = "ema.safetensors"
+SHARDS_FILE = "shards.json"
 LORA_FOLDER = "lora"
 RECIPE_FILE = "recipe.json"
 LOCK_FILE = ".lock"
@@ -54,7 +57,7 @@ def is_recipe(folder: Path) -> bool:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a run."""
-    return (folder / WEIGHTS_FILE).is_file() and (folder / AVERAGE_FILE).is_file()
+    return (folder / SHARDS_FILE).is_file() or ((folder / WEIGHTS_FILE).is_file() and (folder / AVERAGE_FILE).is_file())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -17,7 +17,7 @@ from opensora_core.data.cache import Cache
 from opensora_core.data.frames import at_rate, evenly_spaced, published_indices
 from opensora_core.data.keys import caption_key, clip_key
 from opensora_core.data.manifest import Clip, Manifest
-from opensora_core.data.order import BatchOrder, Slot
+from opensora_core.data.order import WHOLE, BatchOrder, Share, Slot
 from opensora_core.data.transforms import fit_video, normalise
 from opensora_core.errors import CheckpointError, InputError
 from opensora_core.media import read_frames
@@ -196,9 +196,12 @@ class Batches:
     def __init__(self, reader: ClipReader, order: BatchOrder, cached: CachedClips | None = None) -> None:
         self.reader, self.order, self.cached = reader, order, cached
 
-    def batch(self, step: int) -> ClipBatch:
-        """The batch of a step. A clip that cannot be read is told, and the next of the order stands in for it."""
-        slots = self.order.batch(step)
+    def batch(self, step: int, share: Share = WHOLE) -> ClipBatch:
+        """The batch of a step, or a part of it.
+
+        A clip that cannot be read is told, and the next of the order stands in for it, whoever has which part.
+        """
+        slots = self.order.batch(step, share)
         bucket = self.reader.buckets[slots[0].bucket]
         rejects: dict[str, Reject] = {}
         clips: list[Clip] = []

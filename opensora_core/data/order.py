@@ -47,6 +47,23 @@ def epoch_order(
 
 
 @dataclass(frozen=True)
+class Share:
+    """Whose part of every batch is meant: `rank` of `size` equal ones, next to each other."""
+
+    rank: int = 0
+    size: int = 1
+
+    def places(self, total: int) -> range:
+        """The places of a batch of `total`, which `size` divides, that are in this part."""
+        each, left = divmod(total, self.size)
+        assert not left, f"{total} do not go into {self.size} equal parts"
+        return range(self.rank * each, (self.rank + 1) * each)
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class Slot:
     """A place in the order: `position` of its bucket's endless walk, which is clip `index` in walk number `epoch`."""
 
@@ -77,11 +94,11 @@ class BatchOrder:
         self._walks: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._shuffle: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
-    def batch(self, step: int) -> list[Slot]:
-        """The slots of a step's batch, all of one bucket."""
+    def batch(self, step: int, share: Share = WHOLE) -> list[Slot]:
+        """The slots of a step's batch, or of a part of it, all of one bucket."""
         bucket, number = self._batch_of(step)
         size = self.batch_sizes[bucket]
-        return [self.slot(bucket, number * size + place) for place in range(size)]
+        return [self.slot(bucket, number * size + place) for place in share.places(size)]
 
     def slot(self, bucket: int, position: int) -> Slot:
         """The clip at a position of a bucket's endless walk."""

@@ -3,6 +3,7 @@
 from opensora_core.training.events import (
     CheckpointSaved,
     Event,
+    Fabric,
     Notice,
     Rejected,
     Resumed,
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointSaved",
     "Checkup",
     "Event",
+    "Fabric",
     "Notice",
     "Rejected",
     "Resumed",

@@ -15,12 +15,16 @@ from opensora_core.errors import TrainingError
 from opensora_core.files import append_line
 from opensora_core.lora import lora_state, save_lora
 from opensora_core.models import LatentTransformer
+from opensora_core.parallel.agreement import gathered, largest
+from opensora_core.parallel.shards import whole
 from opensora_core.runs import LORA_FOLDER, REJECTS_FILE
 from opensora_core.tensors import Condition
-from opensora_core.training.denoiser import DenoiserTask, tokens_and_flops
+from opensora_core.training.checkpoint import Also
+from opensora_core.training.denoiser import POSTERIOR, DenoiserTask, tokens_and_flops
 from opensora_core.training.ema import EMA
 from opensora_core.training.encoders import Encoders
 from opensora_core.training.events import Event, Facts, Rejected
+from opensora_core.training.task import noise_at
 from opensora_core.training.validation import Validation
 
 
@@ -31,10 +35,11 @@ class Rejects:
         run: the folder of the run; what an earlier start wrote there counts.
         num_clips: of the data set.
         limit: the share of them that may be broken.
+        writes: False for one that counts with another process, which writes.
     """
 
-    def __init__(self, run: Path, num_clips: int, limit: float) -> None:
-        self.path, self.num_clips, self.limit = run / REJECTS_FILE, num_clips, limit
+    def __init__(self, run: Path, num_clips: int, limit: float, *, writes: bool = True) -> None:
+        self.path, self.num_clips, self.limit, self.writes = run / REJECTS_FILE, num_clips, limit, writes
         self.known: dict[str, str] = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -50,7 +55,8 @@ class Rejects:
         """
         if clip in self.known:
             return
-        append_line(self.path, json.dumps({"clip": clip, "reason": reason, "broken": broken}, ensure_ascii=False))
+        if self.writes:
+            append_line(self.path, json.dumps({"clip": clip, "reason": reason, "broken": broken}, ensure_ascii=False))
         if not broken:
             return
         self.known[clip] = reason
@@ -78,6 +84,8 @@ class ClipsTask(DenoiserTask):
         lora: rank and alpha of the adapter that is trained in place of the weights; None trains the weights.
     """
 
+    stays = (*DenoiserTask.stays, "encoders", "rejects", "validation")
+
     def __init__(
         self,
         model: LatentTransformer,
@@ -95,22 +103,32 @@ class ClipsTask(DenoiserTask):
         self.validation, self.lora = validation, lora
 
     def batch(self, step: int) -> ClipBatch:
-        """The clips of a step."""
-        return self.source.batch(step)
+        """This process's clips of a step."""
+        return self.source.batch(step, self.share)
 
     def encoded(self, batch: ClipBatch, generator: torch.Generator) -> tuple[Tensor, Condition]:
         """Latents drawn from the posterior, and conditions."""
-        return self.encoders.encode(batch, generator)
+        mean, std = self.encoders.moments(batch)
+        places = self.share.places(len(mean) * self.share.size)
+        noise = noise_at(places, tuple(mean.shape[1:]), generator, POSTERIOR)
+        return mean + std * noise, self.encoders.condition(batch)
 
     def received(self, batch: ClipBatch) -> Iterator[Event]:
-        """Tell which clips could not be read.
+        """Tell which clips could not be read by any process.
 
         Raises:
             TrainingError: too many, or all of a bucket.
         """
-        for reject in batch.rejects:
+        told, hopeless = batch.rejects, batch.is_hopeless
+        if self.mesh.data.size > 1:
+            trouble = torch.tensor(len(told) + hopeless)
+            if not int(largest(self.mesh.data, trouble)):
+                return
+            found = gathered(self.mesh.data, (told, hopeless))
+            told, hopeless = tuple(reject for each, _ in found for reject in each), any(end for _, end in found)
+        for reject in told:
             yield from self.rejects.add(reject.clip, reject.reason)
-        if batch.is_hopeless:
+        if hopeless:
             raise TrainingError("not one clip of a bucket can be read any more", f"see {self.rejects.path}")
 
     def facts(self, batch: ClipBatch) -> Facts:
@@ -134,20 +152,10 @@ class ClipsTask(DenoiserTask):
         """Everything, or the adapter alone."""
         return super().state() if self.lora is None else lora_state(self.model)
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        if self.lora is None:
-            super().load(state)
-            return
-        own = lora_state(self.model)
-        if own.keys() != state.keys():
-            raise ValueError("the adapter is of other layers")
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor)
-
-    def also_save(self, folder: Path, ema: EMA) -> None:
+    def also_save(self, ema: EMA) -> Also | None:
         """Of an adapter its averaged values, in the layout that others load."""
-        if self.lora is not None:
-            rank, alpha = self.lora
-            save_lora(folder / LORA_FOLDER, ema.shadow, rank, alpha)
+        if self.lora is None:
+            return None
+        rank, alpha = self.lora
+        average = {name: whole(tensor).cpu().clone() for name, tensor in ema.shadow.items()}
+        return lambda folder: save_lora(folder / LORA_FOLDER, average, rank, alpha)

@@ -15,10 +15,15 @@ from opensora_core.config import Config, to_dict
 from opensora_core.diffusion.objective import Objective
 from opensora_core.lora import add_lora
 from opensora_core.models import LatentTransformer, freeze
+from opensora_core.parallel.sequence import sequence_parallel
 from opensora_core.tensors import Condition
 from opensora_core.training.events import Event
-from opensora_core.training.loop import Task, fit
+from opensora_core.training.loop import fit
 from opensora_core.training.memory import peak_flops, training_flops
+from opensora_core.training.task import Crew, Task, noise_at
+
+POSTERIOR, DIFFUSION = 1, 2
+"""Salts of the noises that are drawn at a place of a batch."""
 
 
 class DenoiserTask(Task):
@@ -37,28 +42,31 @@ class DenoiserTask(Task):
     draws = 1
 
     def __init__(self, model: LatentTransformer, objective: Objective, dtype: torch.dtype = torch.float32) -> None:
-        self.module = self.model = model
+        self.module = self.model = self.called = model
         self.objective = objective
         self.dtype = dtype
 
     def encoded(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        """Latents (B, C, T, h, w) and captions, on the model's device."""
+        """Latents (B, C, T, h, w) and captions of this process's share, on the model's device."""
         raise NotImplementedError
 
     def losses(self, batch: Any, generator: torch.Generator, parts: int) -> Iterator[dict[str, Tensor]]:
         """The objective's loss with captions dropped at the model's own rate.
 
-        Everything is drawn for the whole batch at once, so the number of parts changes memory and no number.
+        Everything is drawn for the whole batch, so neither the number of parts nor of processes changes a number.
         """
         latents, condition = self.encoded(batch, generator)
         device, count = latents.device, len(latents) * self.draws
         if self.draws > 1:
             again = torch.arange(len(latents), device=device).repeat_interleave(self.draws)
             latents, condition = latents[again], condition[again]
-        dropped = torch.rand(count, generator=generator, device=device) < self.model.caption_dropout
+        total = count * self.share.size
+        places = self.share.places(total)
+        own = slice(places.start, places.stop)
+        dropped = torch.rand(total, generator=generator, device=device)[own] < self.model.caption_dropout
         condition = self.model.replace_captions(condition, dropped)
-        timestep = self.objective.draw_timesteps(count, generator)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
+        timestep = self.objective.draw_timesteps(total, generator)[own]
+        noise = noise_at(places, tuple(latents.shape[1:]), generator, DIFFUSION)
         for indices in torch.arange(count, device=device).chunk(parts):
             part = slice(int(indices[0]), int(indices[-1]) + 1)
             losses = self.objective.losses(self.denoise, latents[part], timestep[part], noise[part], condition[part])
@@ -67,7 +75,7 @@ class DenoiserTask(Task):
     def denoise(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The model in the dtype of the arithmetic."""
         with autocast(latents.device, self.dtype):
-            result: Tensor = self.model(latents, timestep, condition)
+            result: Tensor = self.called(latents, timestep, condition)
         return result
 
 
@@ -90,19 +98,25 @@ def prepare(model: LatentTransformer, config: Config) -> None:
             block.compile()
 
 
-def fit_denoiser(task: DenoiserTask, config: Config, folder: Path) -> Iterator[Event]:
+def fit_denoiser(task: DenoiserTask, config: Config, folder: Path, crew: Crew | None = None) -> Iterator[Event]:
     """Train a denoiser as the settings say; see `fit`.
 
     Args:
         task: on the device of the settings.
         config: of the run; kept with every checkpoint.
         folder: of the checkpoints.
+        crew: who trains; None is this process alone.
     """
     task.draws = config.train.draws
+    if crew is not None:
+        sequence_parallel(task.model, crew.mesh.sequence)
     return fit(
         task,
         config.train,
         folder,
+        crew=crew,
+        parallel=config.parallel,
+        dtype=task.dtype,
         num_workers=config.train.num_workers,
         settings=to_dict(config),
         scale_loss=task.dtype is torch.float16,

@@ -11,6 +11,8 @@ from torch import Tensor
 from opensora_core import components
 from opensora_core.config import Config
 from opensora_core.data.dataset import ClipBatch
+from opensora_core.parallel import Mesh
+from opensora_core.parallel.text import shared_encoder
 from opensora_core.tensors import Condition
 from opensora_core.text import TextEncoder
 from opensora_core.vae import VideoVAE
@@ -36,12 +38,16 @@ class Encoders:
         """Latents (B, C, T', h, w) fp32, drawn from the posterior, and conditions; on the device."""
         mean, std = self.moments(batch)
         latents = mean + std * torch.randn(mean.shape, generator=generator, device=self.device)
+        return latents, self.condition(batch)
+
+    def condition(self, batch: ClipBatch) -> Condition:
+        """What the model is told of a batch; on the device."""
         condition = batch.condition
         if condition is None:
             condition = self.conditions(list(batch.captions), batch.bucket.height, batch.bucket.width)
         elif self.tells_size:
             condition = _with_size(condition, batch.bucket.height, batch.bucket.width)
-        return latents, condition.to(self.device)
+        return condition.to(self.device)
 
     def moments(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the posterior, each (B, C, T', h, w) fp32."""
@@ -68,9 +74,10 @@ def _with_size(condition: Condition, height: int, width: int) -> Condition:
 class Parts:
     """Builds VAE and text encoder when they are first needed, and lets go of them when they are not any more."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mesh: Mesh | None = None) -> None:
         self.config = config
         self.device = components.resolve_device(config.runtime.device)
+        self.mesh = mesh or Mesh(self.device)
 
     @cached_property
     def vae(self) -> VideoVAE:
@@ -79,8 +86,9 @@ class Parts:
 
     @cached_property
     def text(self) -> TextEncoder:
-        """The text encoder."""
-        return components.build_text_encoder(self.config)
+        """The text encoder, on each process or shared by those of a machine."""
+        how, build = self.config.parallel.text, lambda: components.build_text_encoder(self.config)
+        return shared_encoder(build, how, self.mesh)
 
     def null_caption(self) -> Tensor:
         """The embedding of the empty caption (L, E)."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora_core.notice import Notice
+from opensora_core.parallel.fabric import Fabric
 
 __all__ = [
     "CheckpointSaved",
     "Event",
+    "Fabric",
     "Facts",
     "Notice",
     "Rejected",
@@ -136,4 +138,4 @@ class Facts:
     flops: float = 0.0
 
 
-Event = Notice | Working | TrainProgress | CheckpointSaved | Resumed | Rejected | Validated | Sampled | Stage
+Event = Notice | Working | TrainProgress | CheckpointSaved | Resumed | Rejected | Validated | Sampled | Stage | Fabric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from opensora_core import components
 from opensora_core.config import Config
 from opensora_core.data.cache import Cache
-from opensora_core.data.dataset import CachedClips, ClipBatch, ClipReader
+from opensora_core.data.dataset import CachedClips, ClipBatch, ClipReader, Reject
 from opensora_core.data.keys import caption_key, fingerprint
+from opensora_core.data.order import Share
 from opensora_core.errors import InputError
+from opensora_core.parallel import Mesh
+from opensora_core.parallel.agreement import agreed, by_first, gathered
+from opensora_core.parallel.objects import patient
 from opensora_core.training.clips import Rejects
 from opensora_core.training.corpus import Corpus
 from opensora_core.training.encoders import Encoders
@@ -51,25 +56,43 @@ class _Missing(Dataset[tuple[Job, Tensor | str]]):
             return self.jobs[place], error.message
 
 
-def fill(config: Config, corpus: Corpus, reader: ClipReader, rejects: Rejects) -> Generator[Event, None, CachedClips]:
+def fill(
+    config: Config, corpus: Corpus, reader: ClipReader, rejects: Rejects, mesh: Mesh
+) -> Generator[Event, None, CachedClips]:
     """Encode what the cache lacks of a run's clips and captions. What is there is kept, however far this gets.
+
+    The processes share what is to be encoded; the folder is seen by all.
 
     Raises:
         TrainingError: too many clips cannot be read.
         ResourceError: the cache cannot be written.
         WeightsError, CheckpointError: the encoders cannot be had.
     """
-    cache = Cache(Path(config.data.cache), DTYPES[config.data.cache_dtype])
+    cached = yield from by_first(mesh, _opened(config, corpus))
+    gathered(mesh.whole, None)  # all know what is there before anybody adds to it
+    share = Share(mesh.rank, mesh.size)
+    with patient(mesh) as everybody:
+        with agreed(everybody), cached.cache:
+            yield from _fill_captions(config, corpus, cached, share)
+            found = yield from _fill_latents(config, corpus, cached, _Own(reader, share, rejects))
+        told = gathered(everybody, found)
+    if mesh.size > 1:
+        for reject in [each for one in told for each in one]:
+            yield from rejects.add(reject.clip, reject.reason)
+        cached = replace(cached, cache=_cache(config))  # which sees what the others have added
+    return cached
+
+
+def _cache(config: Config) -> Cache:
+    return Cache(Path(config.data.cache), DTYPES[config.data.cache_dtype])
+
+
+def _opened(config: Config, corpus: Corpus) -> Generator[Event, None, CachedClips]:
+    cache = _cache(config)
     yield from map(Notice, cache.notes)
     hashes = yield from _hashes(cache, corpus)
     yield Working("hashing the encoders", 0, 1)
-    cached = CachedClips(
-        cache, _vae_print(config, cache), _text_print(config, cache), hashes, config.data.cache_variants
-    )
-    with cache:
-        yield from _fill_captions(config, corpus, cached)
-        yield from _fill_latents(config, corpus, reader, cached, rejects)
-    return cached
+    return CachedClips(cache, _vae_print(config, cache), _text_print(config, cache), hashes, config.data.cache_variants)
 
 
 def _hashes(cache: Cache, corpus: Corpus) -> Generator[Event, None, list[str]]:
@@ -114,9 +137,10 @@ def _text_print(config: Config, cache: Cache) -> str:
     )
 
 
-def _fill_captions(config: Config, corpus: Corpus, cached: CachedClips) -> Iterator[Event]:
+def _fill_captions(config: Config, corpus: Corpus, cached: CachedClips, share: Share) -> Iterator[Event]:
     captions = {corpus.manifest[index].caption or "" for indices in corpus.members for index in indices}
     missing = sorted(text for text in captions if not cached.cache.has_caption(caption_key(text, cached.text)))
+    missing = missing[share.rank :: share.size]
     if not missing:
         return
     encoder = components.build_text_encoder(config)
@@ -130,9 +154,22 @@ def _fill_captions(config: Config, corpus: Corpus, cached: CachedClips) -> Itera
             cached.cache.put_caption(caption_key(text, cached.text), conditions[place : place + 1])
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What a process reads with, its share of the clips, and where those go that cannot be read."""
+
+    reader: ClipReader
+    share: Share
+    rejects: Rejects
+
+
 def _fill_latents(
-    config: Config, corpus: Corpus, reader: ClipReader, cached: CachedClips, rejects: Rejects
-) -> Iterator[Event]:
+    config: Config, corpus: Corpus, cached: CachedClips, own: _Own
+) -> Generator[Event, None, list[Reject]]:
+    """Encode this process's share; returns the clips that cannot be read, told already if nobody else reads."""
+    unread: list[Reject] = []
+    reader, share = own.reader, own.share
+
     def key_of(job: Job) -> str:
         bucket_number, index, variant = job
         clip, bucket = corpus.manifest[index], corpus.buckets[bucket_number]
@@ -144,9 +181,9 @@ def _fill_latents(
         for index in indices
         for variant in range(config.data.cache_variants)
     ]
-    missing = [job for job in jobs if not cached.cache.has_latents(key_of(job))]
+    missing = [job for job in jobs if not cached.cache.has_latents(key_of(job))][share.rank :: share.size]
     if not missing:
-        return
+        return unread
     device = components.resolve_device(config.runtime.device)
     encoders = Encoders(components.build_vae(config), None, device)
     workers = config.train.num_workers
@@ -166,12 +203,15 @@ def _fill_latents(
             read = [(job, pixels) for job, pixels in group if isinstance(pixels, Tensor)]
             for job, reason in group:
                 if isinstance(reason, str):
-                    yield from rejects.add(corpus.manifest[job[1]].id, reason)
+                    unread.append(Reject(corpus.manifest[job[1]].id, reason))
+                    if share.size == 1:
+                        yield from own.rejects.add(corpus.manifest[job[1]].id, reason)
             if read:
                 batch = ClipBatch(bucket, (), (), pixels=torch.stack([pixels for _, pixels in read]))
                 means, stds = encoders.moments(batch)
                 for (job, _), mean, std in zip(read, means.cpu(), stds.cpu(), strict=True):
                     cached.cache.put_latents(key_of(job), mean[None], std[None])
+    return unread
 
 
 def _progress(task: str, done: int, total: int, started: float) -> Working:

@@ -1,7 +1,8 @@
-"""The training loop: one page that every part of a model goes through.
+"""The training loop: one page that every part of a model goes through, on however many processes.
 
-Each draw of a step comes from a generator seeded by (seed, step), and each batch is a function of (seed, step): nothing
-about randomness is saved, and a resumed run equals an uninterrupted one.
+Each draw of a step comes from a generator seeded by (seed, step, place in the batch), and each batch is a function of
+(seed, step): nothing about randomness is saved, a resumed run equals an uninterrupted one, and processes that share a
+batch see what one would.
 """
 
 from __future__ import annotations
@@ -11,63 +12,30 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opensora_core.config import TrainConfig
-from opensora_core.errors import CheckpointError, Stopped, TrainingError
+from opensora_core.config import ParallelConfig, TrainConfig
+from opensora_core.data.order import Share
+from opensora_core.errors import CheckpointError, Stopped, TrainingError, UsageError
+from opensora_core.parallel import Mesh
+from opensora_core.parallel.agreement import gathered, mean
+from opensora_core.parallel.engines import Engine, build_engine
+from opensora_core.parallel.shards import Stored
+from opensora_core.runs import step_of
 from opensora_core.training import checkpoint
 from opensora_core.training.ema import EMA
 from opensora_core.training.events import CheckpointSaved, Event, Facts, Resumed
-from opensora_core.training.optim import build_optimizers, load_optimizer, optimizer_tensors, set_lr
+from opensora_core.training.optim import build_optimizers, set_lr
 from opensora_core.training.report import Meter
+from opensora_core.training.task import Crew, Task, step_seed
 
-
-class Task:
-    """What the loop needs to know of a part in training.
-
-    Attributes:
-        name: of the part.
-        module: what is trained, averaged and saved.
-    """
-
-    name: str
-    module: nn.Module
-
-    def batch(self, step: int) -> Any:
-        """Make the batch of a step, a function of the step alone. Runs in a worker process."""
-        raise NotImplementedError
-
-    def losses(self, batch: Any, generator: torch.Generator, parts: int) -> Iterator[dict[str, Tensor]]:
-        """Compute scalars in `parts` parts that add up to the batch's; "loss" is minimised, the others are reported."""
-        raise NotImplementedError
-
-    def received(self, batch: Any) -> Iterator[Event]:
-        """Tell what happened while the batch was made."""
-        return iter(())
-
-    def facts(self, batch: Any) -> Facts:
-        """Say what the report is to know of a batch."""
-        return Facts()
-
-    def after(self, step: int, ema: EMA) -> Iterator[Event]:
-        """Look at the weights after a step, and leave them as they are."""
-        return iter(())
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the module."""
-        return self.module.state_dict()
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        self.module.load_state_dict(state)
-
-    def also_save(self, folder: Path, ema: EMA) -> None:
-        """Write more into a checkpoint."""
+__all__ = ["Crew", "Task", "fit", "leave_signals_to_parent", "require_shares"]
 
 
 class _Batches(Dataset[Any]):
@@ -83,18 +51,16 @@ class _Batches(Dataset[Any]):
         return self.task.batch(step)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """One seed per (seed, step), far apart for neighbours."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
-
-
 def fit(
     task: Task,
     train: TrainConfig,
     folder: Path,
     *,
+    crew: Crew | None = None,
+    parallel: ParallelConfig | None = None,
     num_workers: int = 1,
     settings: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     scale_loss: bool = False,
     peak_flops: float | None = None,
 ) -> Iterator[Event]:
@@ -102,21 +68,31 @@ def fit(
 
     Args:
         task: what to train; its module is left with the averaged weights.
-        train: steps, rates, seed, intervals.
+        train: steps, rates, seed, intervals; the batch is that of all processes together.
         folder: where the checkpoints go.
+        crew: who trains; None is this process alone.
+        parallel: the engine and its settings.
         num_workers: processes that make batches; 0 makes them in this one.
         settings: the resolved settings of the run, kept with every checkpoint.
+        dtype: of the arithmetic.
         scale_loss: keep gradients within what fp16 holds; steps that overflow are left out, as is usual there.
         peak_flops: of the device, for the report.
 
     Raises:
+        UsageError: a batch that the processes cannot share equally.
+        ConfigError: what the engine cannot do.
         TrainingError: a loss or gradient that is not a number; nothing of that step is kept.
         CheckpointError: the run has checkpoints, and none of them is whole, or they are of another model.
         ResourceError: a checkpoint cannot be written.
         Stopped: a signal asked for it, and a checkpoint is there.
     """
-    trainer = _Trainer(task, train, folder, settings, scale_loss)
-    meter = Meter(task.name, train, trainer.device, peak_flops)
+    crew = crew or Crew(Mesh(next(task.module.parameters()).device))
+    mesh = crew.mesh
+    require_shares({"train.batch_size": train.batch_size}, mesh)
+    engine = build_engine(mesh, parallel or ParallelConfig(), train, dtype=dtype, scale_loss=scale_loss)
+    saver = checkpoint.Saver(folder, mesh, settings, asynchronous=train.async_checkpoints)
+    trainer = _Trainer(task, train, mesh, engine, saver)
+    meter = Meter(task.name, train, mesh.device, peak_flops and peak_flops * mesh.size)
     yield from trainer.restore(meter)
     loader: DataLoader[Any] = DataLoader(
         _Batches(task, train.max_steps),
@@ -126,122 +102,171 @@ def fit(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=leave_signals_to_parent,
     )
-    with _stop_signals() as stop:
-        for batch in meter.waiting(loader):
-            yield from task.received(batch)
-            facts = task.facts(batch)
-            values = trainer.backward(batch)
-            trainer.require_finite(values, facts)
-            lr = trainer.update()
-            step, is_last = trainer.step, trainer.step == train.max_steps
-            meter.add(values, facts, len(facts.ids) or train.batch_size)
-            if step % train.log_every == 0 or is_last:
-                yield meter.report(step, values, lr, facts)
-            with meter.paused():
-                yield from task.after(step, trainer.ema)
-                if step % train.checkpoint_every == 0 or is_last or stop:
-                    yield trainer.save(meter)
-            if stop and not is_last:
-                message = f"{task.name}: stopped after step {step} of {train.max_steps}; nothing is lost"
-                raise Stopped(message, "repeat the command with --resume to go on", stop[0])
+    try:
+        with _stop_signals() as stop:
+            for batch in meter.waiting(loader):
+                if crew.watch is not None:
+                    crew.watch.step(trainer.step)
+                yield from task.received(batch)
+                facts = task.facts(batch)
+                values, stopped_by = trainer.backward(batch, stop)
+                trainer.require_finite(values, facts)
+                lr = trainer.update()
+                step, is_last = trainer.step, trainer.step == train.max_steps
+                meter.add(values, _of_all(facts, task.share), len(facts.ids) * task.share.size or train.batch_size)
+                if step % train.log_every == 0 or is_last:
+                    yield meter.report(step, values, lr, replace(facts, ids=trainer.ids_of_all(facts)))
+                with meter.paused():
+                    yield from task.after(step, trainer.ema)
+                    if step % train.checkpoint_every == 0 or is_last or stopped_by:
+                        yield from trainer.save(meter)
+                    yield from trainer.saved(wait=is_last or stopped_by is not None)
+                if stopped_by and not is_last:
+                    message = f"{task.name}: stopped after step {step} of {train.max_steps}; nothing is lost"
+                    raise Stopped(message, "repeat the command with --resume to go on", stopped_by)
+    finally:
+        trainer.saver.leave()
     trainer.finish()
+
+
+def require_shares(sizes: dict[str, int], mesh: Mesh) -> None:
+    """Check that the processes can share batches equally.
+
+    Args:
+        sizes: of batches, by what they are called.
+        mesh: of the run.
+
+    Raises:
+        UsageError: they cannot; the sizes are named.
+    """
+    each = mesh.data.size
+    odd = {name: size for name, size in sizes.items() if size % each}
+    if odd:
+        named = ", ".join(f"{name} = {size}" for name, size in odd.items())
+        better = -(-max(odd.values()) // each) * each
+        raise UsageError(
+            f"{each} groups of processes cannot share a batch equally: {named}",
+            f"batches of multiples of {each}, such as {better}, or another number of processes",
+        )
+
+
+def _of_all(facts: Facts, share: Share) -> Facts:
+    """What all processes did together, where all do the same."""
+    return replace(facts, tokens=facts.tokens * share.size, flops=facts.flops * share.size)
 
 
 class _Trainer:
     """The state of a training: weights, their average, the optimizers, and the step that they are at."""
 
-    def __init__(
-        self, task: Task, train: TrainConfig, folder: Path, settings: dict[str, Any] | None, scale_loss: bool
-    ) -> None:
-        self.task, self.train, self.folder, self.settings = task, train, folder, settings
+    def __init__(self, task: Task, train: TrainConfig, mesh: Mesh, engine: Engine, saver: checkpoint.Saver) -> None:
+        self.task, self.train, self.mesh, self.engine, self.saver = task, train, mesh, engine, saver
+        task.share, task.mesh = Share(mesh.data.rank, mesh.data.size), mesh
         module = task.module.train()
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.device = self.trained[0].device
-        self.optimizers = build_optimizers(module, train)
-        self.ema = EMA(module, train.ema_decay, train.ema_warmup)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
+        task.called = engine.prepare(module, task.root, lambda trained: build_optimizers(trained, train))
+        self.ema = EMA(module, train.ema_decay, train.ema_warmup, settle=engine.settle)
         self.step = self.kept = 0
 
     def restore(self, meter: Meter) -> Iterator[Event]:
         """Go on from the newest whole checkpoint, if there is one."""
-        saved, damaged = checkpoint.latest(self.folder)
-        if saved is None:
+        path, state, damaged = checkpoint.newest(self.saver.folder, self.mesh)
+        if path is None:
             return
         try:
-            self.task.load(saved.weights)
-            self.ema.load(saved.average, saved.state["updates"])
-            load_optimizer(self.task.module, self.optimizers, saved.optimizer, saved.state["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
+            stored = Stored(path)
+            stored.fill(checkpoint.WEIGHTS, self.task.state())
+            self.ema.load(stored, state["updates"])
+            self.engine.load(stored, state)
+            self.engine.settle()
+        except (RuntimeError, KeyError, ValueError, CheckpointError) as error:
             raise CheckpointError(
-                f"the checkpoint of step {saved.step} in {self.folder} is of another model: {error}",
-                "resume with the settings that the run was started with, or start another with --init",
+                f"the checkpoint of step {state['step']} in {self.saver.folder} is of another model: {error}",
+                getattr(error, "hint", "")
+                or "resume with the settings that the run was started with, or start another with --init",
             ) from error
-        self.scaler.load_state_dict(saved.state["scaler"])
-        meter.load(saved.state["meter"])
-        self.step = self.kept = saved.step
-        yield Resumed(self.task.name, saved.step, tuple(damaged))
+        meter.load(state["meter"])
+        self.step = self.kept = state["step"]
+        yield Resumed(self.task.name, self.step, tuple(damaged))
 
-    def backward(self, batch: Any) -> dict[str, float]:
-        """Compute losses and clipped gradients of a batch; returns the losses and the norm before clipping."""
-        generator = torch.Generator(self.device).manual_seed(step_seed(self.train.seed, self.step))
+    def backward(self, batch: Any, stop: list[int]) -> tuple[dict[str, float], int | None]:
+        """Compute losses and clipped gradients of a batch.
+
+        Returns:
+            The losses and the norm before clipping, in the mean over all processes; and by which signal any of them
+            was asked to stop.
+        """
+        generator = torch.Generator(self.mesh.device).manual_seed(step_seed(self.train.seed, self.step))
         sums: dict[str, Tensor] = {}
         for part in self.task.losses(batch, generator, self.train.accumulate):
-            self.scaler.scale(part["loss"]).backward()  # type: ignore[no-untyped-call]
+            self.engine.backward(part["loss"])
             for name, value in part.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        sums["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, self.train.grad_clip)
-        numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # waits for the device once
-        return dict(zip(sums, numbers, strict=True))
+        sums["grad_norm"] = self.engine.clip(self.train.grad_clip)
+        flags = torch.tensor([float(number in stop) for number in _SIGNALS], device=self.mesh.device)
+        stacked = torch.cat([torch.stack([value.float() for value in sums.values()]), flags])
+        numbers = mean(self.mesh.whole, stacked).tolist()  # waits for the device once
+        stopped_by = [number for number, flag in zip(_SIGNALS, numbers[len(sums) :], strict=True) if flag]
+        return dict(zip(sums, numbers, strict=False)), stopped_by[0] if stopped_by else None
+
+    def ids_of_all(self, facts: Facts) -> tuple[str, ...]:
+        """The samples of the whole batch, in its order."""
+        return tuple(name for ids in gathered(self.mesh.data, facts.ids) for name in ids)
 
     def require_finite(self, values: dict[str, float], facts: Facts) -> None:
         """Check a step before the optimizers move, and let old checkpoints go once the newest has proved itself.
 
         Raises:
-            TrainingError: a loss or gradient is not a number.
+            TrainingError: a loss or gradient is not a number, here or elsewhere.
         """
-        overflows = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # the scaler leaves such a step out
-        if not math.isfinite(values["loss"]) or not (overflows or math.isfinite(values["grad_norm"])):
-            clips = f"; the clips of this batch: {', '.join(facts.ids)}" if facts.ids else ""
+        norm_counts = not self.engine.skips_overflows
+        if not math.isfinite(values["loss"]) or (norm_counts and not math.isfinite(values["grad_norm"])):
+            ids = self.ids_of_all(facts)
+            clips = f"; the clips of this batch: {', '.join(ids)}" if ids else ""
             good = f"the checkpoint of step {self.kept} is whole" if self.kept else "no step was saved yet"
             raise TrainingError(
                 f"{self.task.name}: loss {values['loss']}, gradient norm {values['grad_norm']} "
                 f"at step {self.step + 1}{clips}",
                 f"{good}; lower the rate: --set train.lr={self.train.lr / 3:g}",
             )
-        if self.step == self.kept:
-            checkpoint.drop_old(self.folder, self.train.keep_checkpoints)
+        if self.step == self.kept and self.mesh.is_first:
+            checkpoint.drop_old(self.saver.folder, self.train.keep_checkpoints)
 
     def update(self) -> float:
         """Take the step; returns its learning rate."""
-        lr = set_lr(self.optimizers, self.step, self.train)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        lr = set_lr(self.engine.optimizers, self.step, self.train)
+        self.engine.update()
         self.ema.update()
         self.step += 1
         return lr
 
-    def save(self, meter: Meter) -> CheckpointSaved:
-        """Write a checkpoint."""
-        tensors, rest = optimizer_tensors(self.task.module, self.optimizers)
-        state = {
-            "updates": self.ema.updates,
-            "optimizer": rest,
-            "scaler": self.scaler.state_dict(),
-            "meter": meter.state(),
+    def save(self, meter: Meter) -> Iterator[Event]:
+        """Write a checkpoint, or begin to."""
+        yield from self.saved(wait=True)
+        groups = {
+            checkpoint.WEIGHTS: self.task.state(),
+            checkpoint.AVERAGE: self.ema.shadow,
+            **self.engine.tensors(),
         }
-        content = checkpoint.Saved(self.step, self.task.state(), self.ema.shadow, tensors, state)
-        path = checkpoint.save(self.folder, content, self.settings, lambda part: self.task.also_save(part, self.ema))
-        self.kept = self.step
-        return CheckpointSaved(self.task.name, self.step, path)
+        state = {"updates": self.ema.updates, **self.engine.numbers(), "meter": meter.state()}
+        path = self.saver.save(self.step, groups, state, self.task.also_save(self.ema), self.engine.save)
+        if path is not None:
+            self.kept = self.step
+            yield CheckpointSaved(self.task.name, self.step, path)
+
+    def saved(self, *, wait: bool) -> Iterator[Event]:
+        """Tell of a checkpoint that was being written and is whole now."""
+        path = self.saver.wait() if wait else self.saver.finished()
+        if path is not None:
+            self.kept = step_of(path)
+            yield CheckpointSaved(self.task.name, self.kept, path)
 
     def finish(self) -> None:
         """Leave the averaged weights in the module."""
-        checkpoint.drop_old(self.folder, self.train.keep_checkpoints)
+        if self.mesh.is_first:
+            checkpoint.drop_old(self.saver.folder, self.train.keep_checkpoints)
         self.ema.apply()
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def leave_signals_to_parent(worker: int) -> None:

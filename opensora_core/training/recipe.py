@@ -7,9 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from opensora_core.config import Config, flatten, to_dict, with_settings
 from opensora_core.errors import InputError, UsageError
 from opensora_core.files import write_bytes
+from opensora_core.parallel import joined
+from opensora_core.parallel.agreement import first
 from opensora_core.runs import CHECKPOINTS, CONFIG_FILE, RECIPE_FILE, checkpoints, is_recipe, step_of
 from opensora_core.training.events import Event, Stage
 from opensora_core.training.run import train
@@ -35,14 +39,8 @@ def train_recipe(chapters: Sequence[Chapter], *, output: Path, resume: bool = Fa
     Raises:
         As `train`; everything is checked before the first stage begins.
     """
-    if is_recipe(output) and not resume:
-        raise UsageError(f"{output} holds a recipe already", f"go on with it by --resume {output}")
-    chapters = read_recipe(output) if resume else list(chapters)
-    for chapter in chapters:
-        check_settings(chapter.config)
-    if not resume:
-        content = [{"name": chapter.name, "settings": to_dict(chapter.config)} for chapter in chapters]
-        write_bytes(output / RECIPE_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    with joined(torch.device("cpu")) as mesh:
+        chapters = first(mesh, lambda: _begun(chapters, output, resume=resume))
     before: Path | None = None
     for number, chapter in enumerate(chapters, start=1):
         folder = output / f"{number}-{chapter.name}"
@@ -53,6 +51,19 @@ def train_recipe(chapters: Sequence[Chapter], *, output: Path, resume: bool = Fa
             yield Stage(chapter.name, number, len(chapters), folder)
             yield from train(config, output=folder, resume=(folder / CONFIG_FILE).exists())
         before = folder
+
+
+def _begun(chapters: Sequence[Chapter], output: Path, *, resume: bool) -> list[Chapter]:
+    """Write a recipe down, or read what was written of it; returns its stages."""
+    if is_recipe(output) and not resume:
+        raise UsageError(f"{output} holds a recipe already", f"go on with it by --resume {output}")
+    found = read_recipe(output) if resume else list(chapters)
+    for chapter in found:
+        check_settings(chapter.config)
+    if not resume:
+        content = [{"name": chapter.name, "settings": to_dict(chapter.config)} for chapter in found]
+        write_bytes(output / RECIPE_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    return found
 
 
 def read_recipe(folder: Path) -> list[Chapter]:

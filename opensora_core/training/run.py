@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from opensora_core import assets, components
+from opensora_core import __version__, assets, components
 from opensora_core.config import Config, read_settings, to_dict, with_settings
 from opensora_core.data.dataset import Batches, CachedClips, ClipReader
 from opensora_core.data.order import BatchOrder
 from opensora_core.data.survey import UNREADABLE
 from opensora_core.errors import OsoraError, ResourceError, Stopped, UsageError
 from opensora_core.files import write_bytes
+from opensora_core.parallel import joined
+from opensora_core.parallel.agreement import agreed, by_first, gathered
+from opensora_core.parallel.fabric import check_fabric
+from opensora_core.parallel.watchdog import watching
 from opensora_core.runs import (
     CHECKPOINTS,
     CLIPS_FILE,
@@ -28,13 +33,15 @@ from opensora_core.runs import (
     step_of,
 )
 from opensora_core.training.clips import ClipsTask, Rejects
-from opensora_core.training.corpus import Corpus, gather
+from opensora_core.training.corpus import Corpus, buckets_of, gather
 from opensora_core.training.denoiser import fit_denoiser, prepare
 from opensora_core.training.encoders import Parts
 from opensora_core.training.events import Event, Notice, Working
 from opensora_core.training.filling import fill
+from opensora_core.training.loop import require_shares
 from opensora_core.training.report import Recorder
-from opensora_core.training.settings import WORLD, check_settings, with_absolute_paths
+from opensora_core.training.settings import WORLD, axes_of, check_axes, check_settings, with_absolute_paths
+from opensora_core.training.task import Crew
 from opensora_core.training.validation import prepare_validation
 from opensora_core.training.world import train_world
 
@@ -42,20 +49,62 @@ from opensora_core.training.world import train_world
 def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Event]:
     """Train a denoiser on `data.source`; `world` trains autoencoder and text encoder first, all from nothing.
 
+    Under a launcher every process of the run calls it with the same arguments. They share the batches, and the first
+    writes what is written once; the others' events are for nobody.
+
     Args:
         config: the settings; saved in the run's folder and with every checkpoint.
         output: the run's folder, see `opensora_core.runs`; to resume, also one of its checkpoints.
         resume: go on with the run that is there.
 
     Raises:
-        UsageError: a folder that holds a run already or is in use, none to resume, or no data.
+        UsageError: a folder that holds a run already or is in use, none to resume, no data, or batches that the
+            processes cannot share equally.
         InputError: data that cannot be read, or of which nothing is usable.
         ConfigError: settings that contradict each other.
         TrainingError, CheckpointError, WeightsError, ResourceError, DeviceError, Stopped: see `fit`.
     """
-    run = _run_of(output)
     config = with_absolute_paths(config)
     check_settings(config)
+    device = components.resolve_device(config.runtime.device)
+    components.tune_allocator(device)
+    seconds, lost = config.parallel.timeout_seconds, config.parallel.lost_seconds
+    with (
+        joined(device, **axes_of(config.parallel), timeout_seconds=seconds) as mesh,
+        watching(mesh, timeout_seconds=seconds, lost_seconds=lost) as watch,
+    ):
+        check_axes(config.parallel, mesh)
+        require_shares({"train.batch_size": config.train.batch_size}, mesh)
+        yield from check_fabric(mesh, {"osora": __version__, "settings": _digest(config)})
+        yield from _run(config, output, Crew(mesh, watch), resume=resume)
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:16]
+
+
+def _run(config: Config, output: Path, crew: Crew, *, resume: bool) -> Iterator[Event]:
+    mesh = crew.mesh
+    run = _run_of(output)
+    notices: list[Event] = []
+    is_new = not run.exists()
+    try:
+        with ExitStack() as held, _advice(config):
+            with agreed(mesh.whole):
+                if mesh.is_first:
+                    _require_startable(config, run, resume=resume)
+                    held.enter_context(only_writer(run))
+                    notices += _begin(config, run, output, resume=resume)
+            yield from notices
+            events = (train_world if config.data.source == WORLD else _clips)(config, run, crew)
+            yield from _recorded(events, run, config) if mesh.is_first else events
+    except OsoraError:
+        if mesh.is_first and is_new and not _has_begun(run) and not (run / REJECTS_FILE).exists():
+            shutil.rmtree(run, ignore_errors=True)  # it never began, and has nothing to tell
+        raise
+
+
+def _require_startable(config: Config, run: Path, *, resume: bool) -> None:
     if not resume and _has_begun(run):
         raise UsageError(f"{run} holds a run already", f"go on with it by --resume {run}, or choose another --output")
     if resume and not (run / CONFIG_FILE).exists():
@@ -65,24 +114,17 @@ def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Eve
             f"{run} learns from {began} and keeps the clips that it began with, but --data is {config.data.source}",
             f"start another run from what this one has learned: --init {run}",
         )
-    device = components.resolve_device(config.runtime.device)
-    components.tune_allocator(device)
-    is_new = not run.exists()
-    try:
-        with only_writer(run), _advice(config):
-            if not resume:  # what a start that came to nothing left there
-                for name in (CLIPS_FILE, REJECTS_FILE, METRICS_FILE, VALIDATION_FILE):
-                    (run / name).unlink(missing_ok=True)
-                shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-            if output != run:
-                yield from _go_back(run, output)
-            write_bytes(run / CONFIG_FILE, (json.dumps(to_dict(config), indent=1) + "\n").encode())
-            events = train_world(config, run, device) if config.data.source == WORLD else _clips(config, run)
-            yield from _recorded(events, run, config)
-    except OsoraError:
-        if is_new and not _has_begun(run) and not (run / REJECTS_FILE).exists():
-            shutil.rmtree(run, ignore_errors=True)  # it never began, and has nothing to tell
-        raise
+
+
+def _begin(config: Config, run: Path, output: Path, *, resume: bool) -> Iterator[Event]:
+    """Make a run's folder ready."""
+    if not resume:  # what a start that came to nothing left there
+        for name in (CLIPS_FILE, REJECTS_FILE, METRICS_FILE, VALIDATION_FILE):
+            (run / name).unlink(missing_ok=True)
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    if output != run:
+        yield from _go_back(run, output)
+    write_bytes(run / CONFIG_FILE, (json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
 def _has_begun(run: Path) -> bool:
@@ -129,27 +171,30 @@ def fill_cache(config: Config) -> Iterator[Event]:
     device = components.resolve_device(config.runtime.device)
     components.tune_allocator(device)
     folder = Path(config.data.cache)
-    with _advice(config):
-        yield from _find_weights(config, with_init=False)
-        corpus = yield from gather(config, None)
-        rejects = Rejects(folder, len(corpus.manifest), config.data.max_rejects)
+    with joined(device, timeout_seconds=config.parallel.timeout_seconds) as mesh, _advice(config):
+        yield from by_first(mesh, _find_weights(config, with_init=False))
+        corpus = yield from by_first(mesh, gather(config, None))
+        rejects = Rejects(folder, len(corpus.manifest), config.data.max_rejects, writes=mesh.is_first)
+        gathered(mesh.whole, None)
         yield from _left_out(corpus, rejects)
-        yield from fill(config, corpus, _reader(config, corpus), rejects)
+        yield from fill(config, corpus, _reader(config, corpus), rejects, mesh)
 
 
-def _clips(config: Config, run: Path) -> Iterator[Event]:
+def _clips(config: Config, run: Path, crew: Crew) -> Iterator[Event]:
     """Train on the clips of a manifest."""
-    device = components.resolve_device(config.runtime.device)
-    dtype = components.resolve_dtype(config.runtime.dtype, device)
-    yield from _find_weights(config)
-    corpus = yield from gather(config, run)
-    rejects = Rejects(run, len(corpus.manifest), config.data.max_rejects)
+    mesh = crew.mesh
+    dtype = components.resolve_dtype(config.runtime.dtype, mesh.device)
+    yield from by_first(mesh, _find_weights(config))
+    require_shares({f"batches of {bucket}": bucket.batch_size for bucket in buckets_of(config)}, mesh)
+    corpus = yield from by_first(mesh, gather(config, run))
+    rejects = Rejects(run, len(corpus.manifest), config.data.max_rejects, writes=mesh.is_first)
+    gathered(mesh.whole, None)  # everybody has read what an earlier start rejected before the first one adds to it
     yield from _left_out(corpus, rejects)
     reader = _reader(config, corpus)
     cached: CachedClips | None = None
     if config.data.cache:
-        cached = yield from fill(config, corpus, reader, rejects)
-    parts = Parts(config)
+        cached = yield from fill(config, corpus, reader, rejects, mesh)
+    parts = Parts(config, mesh)
     validation = yield from prepare_validation(config, run, corpus, reader, parts)
     yield Working("loading the model", 0, 1)
     notices: list[str] = []
@@ -168,10 +213,10 @@ def _clips(config: Config, run: Path) -> Iterator[Event]:
         dtype=dtype,
         lora=(config.train.lora_rank, config.train.lora_alpha) if config.train.lora_rank else None,
     )
-    yield from fit_denoiser(task, config, run / CHECKPOINTS)
+    yield from fit_denoiser(task, config, run / CHECKPOINTS, crew)
 
 
-def _find_weights(config: Config, *, with_init: bool = True) -> Iterator[Event]:
+def _find_weights(config: Config, *, with_init: bool = True) -> Generator[Event, None, None]:
     """Find or download all weights before anything else is done: what cannot be had is said at once.
 
     Raises:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypedDict
 
 from opensora_core import assets
-from opensora_core.config import Config, with_settings
+from opensora_core.config import Config, ParallelConfig, with_settings
 from opensora_core.errors import ConfigError, UsageError
+from opensora_core.parallel import Mesh
+from opensora_core.parallel.engines import check_engine
+from opensora_core.parallel.text import processes_here
 from opensora_core.training.world import check_world
 
 WORLD = "world"
@@ -35,6 +39,7 @@ def check_settings(config: Config, *, cache_only: bool = False) -> None:
     train, data = config.train, config.data
     if not data.source:
         raise UsageError("no data is named", "--data MANIFEST or FOLDER, or --data world with --preset tiny")
+    check_engine(config.parallel)
     for name in _AT_LEAST_ONE:
         if _value(config, name) < 1:
             raise ConfigError(f"{name} = {_value(config, name)} is less than 1", f"--set {name}=1")
@@ -96,6 +101,43 @@ def _value(config: Config, path: str) -> float:
     group, name = path.split(".")
     value: float = getattr(getattr(config, group), name)
     return value
+
+
+class Axes(TypedDict):
+    """Sizes of the axes of a training's mesh."""
+
+    sequence: int
+    shard: int
+
+
+def axes_of(parallel: ParallelConfig) -> Axes:
+    """How the processes of a training are laid out.
+
+    Raises:
+        ConfigError: axes that a training does not have.
+    """
+    if parallel.cfg != 1:
+        raise ConfigError(
+            f"parallel.cfg = {parallel.cfg} is for sampling: training computes nothing twice", "--set parallel.cfg=1"
+        )
+    sequence = max(parallel.sequence, 1)
+    # gradients and weights are dealt out over all that share a set of samples and frames; see the engines
+    shard = {"replicate": 1, "zero2": 0, "zero3": 0, "hybrid": max(processes_here() // sequence, 1)}
+    return {"sequence": sequence, "shard": shard[parallel.sharding]}
+
+
+def check_axes(parallel: ParallelConfig, mesh: Mesh) -> None:
+    """Refuse settings that do not go with the number of processes.
+
+    Raises:
+        ConfigError: a wanted number of groups that see other samples, and another one that there is.
+    """
+    if parallel.data and parallel.data != mesh.data.size:
+        raise ConfigError(
+            f"parallel.data = {parallel.data}, but {mesh.size} processes with sequence={mesh.sequence.size} "
+            f"are {mesh.data.size} groups",
+            f"--gpus {parallel.data * mesh.sequence.size}, or leave parallel.data out",
+        )
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +16,17 @@ from opensora_core.config import Config
 from opensora_core.data.dataset import ClipBatch, ClipReader
 from opensora_core.errors import InputError
 from opensora_core.media import to_uint8, write_contact_sheet, write_video
+from opensora_core.parallel.agreement import spread
 from opensora_core.tensors import Condition
 from opensora_core.training.corpus import Corpus
 from opensora_core.training.denoiser import DenoiserTask
 from opensora_core.training.ema import EMA
 from opensora_core.training.encoders import Parts
 from opensora_core.training.events import Event, Notice, Sampled, Validated, Working
-from opensora_core.training.loop import step_seed
+from opensora_core.training.task import step_seed
 from opensora_core.vae import VideoVAE
+
+T = TypeVar("T")
 
 SAMPLES = "samples"
 MOST_PROMPTS = 4  # captions of held-out clips that are sampled where no prompts are given
@@ -80,16 +85,14 @@ class Validation:
     def _bins(self, task: DenoiserTask, title: str) -> Generator[Event, None, tuple[float, ...]]:
         """The mean loss in each bin of timesteps, from clean to noise."""
         count = self.config.validation.num_bins
-        sums, clips = [0.0] * count, 0
-        device = next(task.model.parameters()).device
-        for number, fixed in enumerate(self.clips):
-            yield Working(title, number, len(self.clips))
-            size = len(fixed.latents)
-            clips += size
+        device, ends = task.mesh.device, list(accumulate(len(fixed.latents) for fixed in self.clips))
+
+        def losses_of(number: int) -> list[float]:
+            fixed, found = self.clips[number], []
             for index in range(count):
                 # low-discrepancy places within the bin, the same at every validation
-                place = (torch.arange(clips - size, clips, dtype=torch.float64) * 0.6180339887498949) % 1
-                timestep = (index + place) / count * task.objective.num_timesteps
+                places = torch.arange(ends[number] - len(fixed.latents), ends[number], dtype=torch.float64)
+                timestep = (index + places * 0.6180339887498949 % 1) / count * task.objective.num_timesteps
                 drawn = task.objective.draw_timesteps(1, torch.Generator().manual_seed(0))
                 with torch.no_grad():
                     losses = task.objective.losses(
@@ -99,8 +102,11 @@ class Validation:
                         fixed.noise.to(device),
                         fixed.condition.to(device),
                     )
-                sums[index] += float(losses["loss"].sum())
-        return tuple(total / clips for total in sums)
+                found.append(float(losses["loss"].sum()))
+            return found
+
+        rows = yield from _shared(task, title, list(range(len(self.clips))), losses_of)
+        return tuple(sum(column) / ends[-1] for column in zip(*rows, strict=True))
 
     def _sample(self, step: int, ema: EMA, task: DenoiserTask) -> Iterator[Event]:
         assert self.vae is not None
@@ -109,14 +115,20 @@ class Validation:
         shown, paths = [], []
         task.model.eval()
         with ema.applied():
-            for number, (prompt, condition) in enumerate(self.prompts):
-                yield Working(f"sampling '{prompt}'", number, len(self.prompts))
-                frames = to_uint8(self._draw(task, condition, number))
-                path = folder / f"{number}.{suffix}"
-                write_video(path, frames, self.config.video.fps, {"prompt": prompt, "step": str(step)})
-                shown.append((prompt, frames))
-                paths.append(path)
+            videos = yield from _shared(
+                task,
+                "sampling",
+                list(range(len(self.prompts))),
+                lambda number: to_uint8(self._draw(task, self.prompts[number][1], number)),
+            )
         task.model.train()
+        if not task.mesh.is_first:
+            return
+        for number, ((prompt, _), frames) in enumerate(zip(self.prompts, videos, strict=True)):
+            path = folder / f"{number}.{suffix}"
+            write_video(path, frames, self.config.video.fps, {"prompt": prompt, "step": str(step)})
+            shown.append((prompt, frames))
+            paths.append(path)
         write_contact_sheet(shown, folder / "sheet.png")
         yield Sampled(step, tuple(paths), folder / "sheet.png")
 
@@ -124,7 +136,7 @@ class Validation:
     def _draw(self, task: DenoiserTask, condition: Condition, number: int) -> Tensor:
         """One video (3, T, H, W), from the same noise at every step of the training."""
         settings = self.config.sampling
-        device = next(task.model.parameters()).device
+        device = task.mesh.device
         generator = torch.Generator().manual_seed(settings.seed + number)
 
         def draw_noise() -> Tensor:
@@ -147,6 +159,17 @@ class Validation:
             latents = step.latents
         assert self.vae is not None
         return self.vae.decode(latents)[0]
+
+
+def _shared(
+    task: DenoiserTask, title: str, items: list[int], function: Callable[[int], T]
+) -> Generator[Event, None, list[T]]:
+    """Apply a function to items that the groups of processes share; a round of them is a step of the progress."""
+    found: list[T] = []
+    for start in range(0, len(items), task.mesh.data.size):
+        yield Working(title, start, len(items))
+        found += spread(task.mesh.data, items[start : start + task.mesh.data.size], function)
+    return found
 
 
 def prepare_validation(

@@ -5,7 +5,7 @@ A batch is rendered where it is needed, as a function of (seed, part, step): the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora_core import components, world
-from opensora_core.config import Config, TrainConfig, with_settings
+from opensora_core.config import Config, ParallelConfig, TrainConfig, with_settings
+from opensora_core.data.order import Share
 from opensora_core.diffusion.objective import Objective
 from opensora_core.errors import InputError
 from opensora_core.files import replacing_folder
 from opensora_core.models import LatentTransformer
+from opensora_core.parallel.agreement import by_first, first
 from opensora_core.runs import CHECKPOINTS
 from opensora_core.tensors import Condition
 from opensora_core.text import TextEncoder, load_text_encoder
 from opensora_core.text.t5 import pooled
-from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, tokens_and_flops
+from opensora_core.training.denoiser import POSTERIOR, DenoiserTask, fit_denoiser, prepare, tokens_and_flops
 from opensora_core.training.events import Event, Facts
-from opensora_core.training.loop import Task, fit, step_seed
+from opensora_core.training.loop import fit
+from opensora_core.training.task import Crew, Task, noise_at, step_seed
 from opensora_core.vae.patch import PatchVAE
 
 _SHORTENED = {"text": 0.6, "model": 0.3}
@@ -37,10 +40,10 @@ guess the one from the other, and reads, or draws, a pair that it never saw as o
 """
 
 
-def _clips(seed: int, part: str, step: int, count: int) -> Iterator[tuple[world.Scene, np.random.Generator]]:
-    """Scenes of the training split with the generator that draws the rest of each clip."""
+def _clips(seed: int, part: str, step: int, places: range) -> Iterator[tuple[world.Scene, np.random.Generator]]:
+    """Scenes of the training split at places of a batch, with the generator that draws the rest of each clip."""
     salt = int.from_bytes(part.encode()[:4].ljust(4))
-    for index in range(count):
+    for index in places:
         rng = np.random.default_rng([seed, salt, step, index])
         yield world.draw_scene(rng, split="train"), rng
 
@@ -63,16 +66,23 @@ class AutoencoderTask(Task):
     """Train a `PatchVAE` on single frames: Gaussian likelihood, a little L1 for edges, a weak pull to the prior."""
 
     name = "vae"
+    stays = (*Task.stays, "vae")
 
     def __init__(self, vae: PatchVAE, *, batch_size: int, seed: int, frames_per_clip: int = 4) -> None:
         self.module: nn.Module = vae
         self.vae = vae
+        self.called: Callable[..., Any] = _Autoencoding(vae)
         self.batch_size, self.seed, self.frames_per_clip = batch_size, seed, frames_per_clip
 
+    @property
+    def root(self) -> nn.Module:
+        """What goes both ways through the autoencoder."""
+        return _Autoencoding(self.vae)
+
     def batch(self, step: int) -> Tensor:
-        """Frames (N, 3, H, W) of `batch_size` clips."""
+        """Frames (N, 3, H, W) of a share of `batch_size` clips."""
         frames = []
-        for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
+        for scene, rng in _clips(self.seed, self.name, step, self.share.places(self.batch_size)):
             chosen = rng.choice(world.NUM_FRAMES, self.frames_per_clip, replace=False)
             frames.append(world.render(scene, rng)[chosen])
         return to_tensor(np.concatenate(frames)[:, None]).squeeze(2)
@@ -84,9 +94,10 @@ class AutoencoderTask(Task):
         """
         device = next(self.vae.parameters()).device
         batch = batch.to(device)
-        mean, log_variance = self.vae.posterior(batch)
-        noise = torch.randn(mean.shape, generator=generator, device=device)
-        output = self.vae.reconstruct(mean + (0.5 * log_variance).exp() * noise)
+        shape = self.vae.latent_shape(1, *batch.shape[2:])
+        places = self.share.places(len(batch) * self.share.size)
+        noise = noise_at(places, (shape[0], *shape[2:]), generator, POSTERIOR)
+        mean, log_variance, output = self.called(batch, noise)
         mse = F.mse_loss(output, batch)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / batch.numel()
         loss = mse + 0.02 * F.l1_loss(output, batch) + 2e-4 * kl
@@ -98,6 +109,19 @@ class AutoencoderTask(Task):
         means = torch.cat([self.vae.posterior(self.batch(10**9 + n))[0] for n in range(num_batches)])
         self.vae.latents_mean = means.mean(dim=(0, 2, 3)).tolist()
         self.vae.latents_std = means.std(dim=(0, 2, 3)).tolist()
+
+
+class _Autoencoding(nn.Module):
+    """Frames to latents, and back by way of a sample of them, in one call."""
+
+    def __init__(self, vae: PatchVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) and (N, C, h, w) -> mean and log-variance (N, C, h, w), and frames again."""
+        mean, log_variance = self.vae.posterior(frames)
+        return mean, log_variance, self.vae.reconstruct(mean + (0.5 * log_variance).exp() * noise)
 
 
 class DecoderTask(AutoencoderTask):
@@ -136,6 +160,7 @@ class TextTask(Task):
     """
 
     name = "text"
+    stays = (*Task.stays, "encoder")
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int, max_length: int) -> None:
         from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -143,13 +168,14 @@ class TextTask(Task):
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.encoder: Any = T5EncoderModel.from_pretrained(folder)
         self.module: nn.Module = _Reader(self.encoder, self.encoder.config.d_model)
+        self.called: Callable[..., Any] = self.module
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Token ids and mask (B, L), and the class of every attribute (B,)."""
         texts: list[str] = []
         labels: dict[str, list[int]] = {name: [] for name in world.ATTRIBUTES}
-        for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
+        for scene, rng in _clips(self.seed, self.name, step, self.share.places(self.batch_size)):
             texts.append(text := _caption(scene, rng, self.name))
             said = world.parse(text)
             for name, values in world.ATTRIBUTES.items():
@@ -165,7 +191,7 @@ class TextTask(Task):
         """Cross entropy summed over attributes, and the share of captions read without a mistake."""
         device = next(self.module.parameters()).device
         ids, mask, labels = batch[0].to(device), batch[1].to(device), {k: v.to(device) for k, v in batch[2].items()}
-        logits = self.module(ids, mask)
+        logits = self.called(ids, mask)
         loss = torch.stack([F.cross_entropy(logits[name], labels[name]) for name in logits]).sum()
         right = torch.stack([logits[name].argmax(-1) == labels[name] for name in logits]).all(0)
         yield {"loss": loss, "read": right.float().mean()}
@@ -188,7 +214,7 @@ def make_text_encoder(folder: Path, *, width: int, max_length: int, seed: int, n
         initial_alphabet=printable,
         show_progress=False,
     )
-    captions = (world.caption(scene, rng) for scene, rng in _clips(seed, "tokens", 0, num_captions))
+    captions = (world.caption(scene, rng) for scene, rng in _clips(seed, "tokens", 0, range(num_captions)))
     tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     wrapped = PreTrainedTokenizerFast(
@@ -219,6 +245,9 @@ def make_text_encoder(folder: Path, *, width: int, max_length: int, seed: int, n
     wrapped.save_pretrained(folder)
 
 
+Ids = tuple[str, ...]
+
+
 class WorldTask(DenoiserTask):
     """Train a denoiser on latents and caption embeddings of freshly rendered clips."""
 
@@ -237,30 +266,31 @@ class WorldTask(DenoiserTask):
         self.vae, self.text_encoder = vae, text_encoder
         self.batch_size, self.seed = batch_size, seed
 
-    def batch(self, step: int) -> tuple[Tensor, Condition, Facts]:
-        """Latents (B, C, T, h, w), drawn from the posterior, and embedded captions; made on the worker's CPU."""
-        frames, captions = [], []
-        for scene, rng in _clips(self.seed, self.name, step, self.batch_size):
+    def batch(self, step: int) -> tuple[Tensor, Condition, Ids]:
+        """Latents (B, C, T, h, w), drawn from the posterior, embedded captions, and names; made on the worker's CPU."""
+        frames, captions, places = [], [], self.share.places(self.batch_size)
+        for scene, rng in _clips(self.seed, self.name, step, places):
             captions.append(_caption(scene, rng, self.name))
             frames.append(world.render(scene, rng))
         with torch.no_grad():
             video = to_tensor(np.stack(frames))
             shape = self.vae.latent_shape(*video.shape[2:])
-            noise = torch.randn(len(video), *shape, generator=torch.Generator().manual_seed(step_seed(self.seed, step)))
-            latents = self.vae.encode(video, noise)
-        ids = tuple(f"{world_id(step, index)}" for index in range(self.batch_size))
-        count, flops = tokens_and_flops(self.model, shape)
-        seen = self.batch_size * self.draws
-        return latents, self.text_encoder.encode(captions), Facts(ids, count * seen, flops * seen)
+            generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+            latents = self.vae.encode(video, noise_at(places, shape, generator, POSTERIOR))
+        ids = tuple(f"{world_id(step, index)}" for index in places)
+        return latents, self.text_encoder.encode(captions), ids
 
-    def encoded(self, batch: tuple[Tensor, Condition, Facts], generator: torch.Generator) -> tuple[Tensor, Condition]:
+    def encoded(self, batch: tuple[Tensor, Condition, Ids], generator: torch.Generator) -> tuple[Tensor, Condition]:
         """What the worker made, on the model's device."""
         device = next(self.model.parameters()).device
         return batch[0].to(device), batch[1].to(device)
 
-    def facts(self, batch: tuple[Tensor, Condition, Facts]) -> Facts:
+    def facts(self, batch: tuple[Tensor, Condition, Ids]) -> Facts:
         """What the report says of a batch."""
-        return batch[2]
+        latents, _, ids = batch
+        count, flops = tokens_and_flops(self.model, tuple(latents.shape[1:]))
+        seen = len(ids) * self.draws
+        return Facts(ids, count * seen, flops * seen)
 
 
 def world_id(step: int, index: int) -> str:
@@ -288,36 +318,56 @@ def check_world(config: Config) -> None:
         )
 
 
-def train_world(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+def train_world(config: Config, output: Path, crew: Crew) -> Iterator[Event]:
     """Train autoencoder, text encoder and denoiser from nothing, one after the other.
+
+    The processes share the batches of all three; those of a part that they cannot share equally are the first one's.
 
     Raises:
         TrainingError, CheckpointError, ResourceError, Stopped: see `fit`.
     """
-    yield from _train_vae(config, output, device)
-    yield from _train_decoder(config, output, device)
-    yield from _train_text(config, output, device)
-    yield from _train_model(config, output, device)
+    yield from _train_vae(config, output, crew)
+    yield from _train_decoder(config, output, crew)
+    yield from _train_text(config, output, crew)
+    yield from _train_model(config, output, crew)
 
 
-def _train_vae(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
-    if (output / "vae").exists():
+def _fit_part(task: Task, recipe: TrainConfig, output: Path, crew: Crew) -> Generator[Event, None, None]:
+    """Train a part that is so small that everybody keeps all of it."""
+    folder, parallel = output / CHECKPOINTS / task.name, ParallelConfig(sharding="replicate")
+    if recipe.batch_size % crew.mesh.data.size:
+        yield from by_first(crew.mesh, _only(fit(task, recipe, folder)))
+    else:
+        yield from fit(task, recipe, folder, crew=crew, parallel=parallel)
+
+
+def _only(events: Iterator[Event]) -> Generator[Event, None, None]:
+    yield from events
+
+
+def _train_vae(config: Config, output: Path, crew: Crew) -> Iterator[Event]:
+    if first(crew.mesh, (output / "vae").exists):
         return
     torch.manual_seed(config.train.seed)
-    vae = PatchVAE(latent_channels=config.model.in_channels).to(device)
+    vae = PatchVAE(latent_channels=config.model.in_channels).to(crew.mesh.device)
     recipe = _recipe(config, max_steps=config.train.vae_steps, batch_size=12, warmup_steps=30)
     task = AutoencoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
-    yield from fit(task, recipe, output / CHECKPOINTS / task.name)
-    vae.cpu().eval()
-    task.measure_statistics()
-    with replacing_folder(output / "vae") as folder:
-        vae.save_pretrained(folder)
+    yield from _fit_part(task, recipe, output, crew)
+
+    def keep() -> None:
+        vae.cpu().eval()
+        task.share = Share()
+        task.measure_statistics()
+        with replacing_folder(output / "vae") as folder:
+            vae.save_pretrained(folder)
+
+    first(crew.mesh, keep)
 
 
-def _train_decoder(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+def _train_decoder(config: Config, output: Path, crew: Crew) -> Iterator[Event]:
     if not config.train.decoder_steps:
         return
-    vae = PatchVAE.from_pretrained(output / "vae").to(device)
+    vae = PatchVAE.from_pretrained(output / "vae").to(crew.mesh.device)
     recipe = _recipe(
         config,
         max_steps=config.train.decoder_steps,
@@ -327,16 +377,23 @@ def _train_decoder(config: Config, output: Path, device: torch.device) -> Iterat
         muon_lr=config.train.muon_lr / 2,
     )
     task = DecoderTask(vae, batch_size=recipe.batch_size, seed=recipe.seed)
-    yield from fit(task, recipe, output / CHECKPOINTS / task.name)  # at its end already, it just loads what it has
-    with replacing_folder(output / "vae") as part:
-        vae.cpu().save_pretrained(part)
+    yield from _fit_part(task, recipe, output, crew)  # at its end already, it just loads what it has
+
+    def keep() -> None:
+        with replacing_folder(output / "vae") as part:
+            vae.cpu().save_pretrained(part)
+
+    first(crew.mesh, keep)
 
 
-def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
-    if (output / "text").exists():
+def _train_text(config: Config, output: Path, crew: Crew) -> Iterator[Event]:
+    if first(crew.mesh, (output / "text").exists):
         return
     start = output / CHECKPOINTS / "text-start"
-    if not start.exists():
+
+    def begin() -> None:
+        if start.exists():
+            return
         with replacing_folder(start) as folder:
             make_text_encoder(
                 folder,
@@ -344,13 +401,19 @@ def _train_text(config: Config, output: Path, device: torch.device) -> Iterator[
                 max_length=components.text_length(config),
                 seed=config.train.seed,
             )
+
+    first(crew.mesh, begin)
     recipe = _recipe(config, max_steps=config.train.text_steps, batch_size=128, warmup_steps=50)
     task = TextTask(start, batch_size=recipe.batch_size, seed=recipe.seed, max_length=components.text_length(config))
-    task.module.to(device)
-    yield from fit(task, recipe, output / CHECKPOINTS / task.name)
-    with replacing_folder(output / "text") as folder:
-        task.encoder.cpu().save_pretrained(folder)
-        task.tokenizer.save_pretrained(folder)
+    task.module.to(crew.mesh.device)
+    yield from _fit_part(task, recipe, output, crew)
+
+    def keep() -> None:
+        with replacing_folder(output / "text") as folder:
+            task.encoder.cpu().save_pretrained(folder)
+            task.tokenizer.save_pretrained(folder)
+
+    first(crew.mesh, keep)
 
 
 def _recipe(config: Config, **settings: float) -> TrainConfig:
@@ -358,7 +421,7 @@ def _recipe(config: Config, **settings: float) -> TrainConfig:
     return with_settings(config.train, {"lr": 2e-3, "accumulate": 1, **settings})
 
 
-def _train_model(config: Config, output: Path, device: torch.device) -> Iterator[Event]:
+def _train_model(config: Config, output: Path, crew: Crew) -> Iterator[Event]:
     vae = PatchVAE.from_pretrained(output / "vae")
     text = load_text_encoder(
         config.text.kind,
@@ -368,7 +431,7 @@ def _train_model(config: Config, output: Path, device: torch.device) -> Iterator
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    dtype = components.resolve_dtype(config.runtime.dtype, device)
+    dtype = components.resolve_dtype(config.runtime.dtype, crew.mesh.device)
     model = components.build_initial_model(config)
     prepare(model, config)
     task = WorldTask(
@@ -380,4 +443,4 @@ def _train_model(config: Config, output: Path, device: torch.device) -> Iterator
         seed=config.train.seed,
         dtype=dtype,
     )
-    yield from fit_denoiser(task, config, output / CHECKPOINTS)
+    yield from fit_denoiser(task, config, output / CHECKPOINTS, crew)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, Stopped, TrainingError
+from opensora_core.parallel import shards
 from opensora_core.training import checkpoint, loop
 from opensora_core.training.events import CheckpointSaved, Event, Facts, Resumed, TrainProgress
 from opensora_core.training.loop import fit
@@ -144,7 +145,7 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypat
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(Exception, match="no space left"):
         run(tmp_path, **{"max_steps": 4})
     assert sorted(tmp_path.rglob("*")) == before

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.lora import add_lora, lora_state
 from opensora_core.models import LatentTransformer, build, freeze
+from opensora_core.parallel.engines.state import optimizer_tensors
 from opensora_core.training.ema import EMA
 from opensora_core.training.memory import MemoryEstimate, estimate, forward_flops, peak_flops, peak_of, training_flops
-from opensora_core.training.optim import build_optimizers, optimizer_tensors
+from opensora_core.training.optim import build_optimizers
 from tests.core.models.examples import CHANNELS, LENGTH, VARIANTS, condition, latents, stir, tiny
 
 SIZE = (3, 8, 12)

@@ -15,15 +15,9 @@ from torch import nn
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, ConfigError
 from opensora_core.muon import Muon, orthogonal
+from opensora_core.parallel.engines.state import load_optimizer, optimizer_tensors
 from opensora_core.training import optim
-from opensora_core.training.optim import (
-    Optimizer,
-    build_optimizers,
-    load_optimizer,
-    lr_factor,
-    optimizer_tensors,
-    set_lr,
-)
+from opensora_core.training.optim import Optimizer, build_optimizers, lr_factor, set_lr
 from opensora_core.weights import apart
 from tests.core.models.examples import stir, tiny
 
