@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from opensora_cli import options
+from opensora_cli import launch, options
 from opensora_cli.console import console
 from opensora_cli.options import FROM_PRESET, OUTPUT, RUNTIME
-from opensora_core.errors import InputError
+from opensora_core.errors import InputError, UsageError
 
 PROMPTS = "What to make"
 DRAWING = "How it is drawn"
@@ -29,6 +29,8 @@ EXAMPLES = """
 [cyan]osora sample --prompt-file prompts.txt --preset 16x256x256 --device cuda --compile[/]
 
 [cyan]osora sample --model opensora-v1-hq-16x512x512 --prompt 'waves at dusk' --dry-run[/]
+
+[cyan]osora sample --prompt-file prompts.txt --preset 64x512x512 --gpus 8 --parallel cfg=2,sequence=4[/]
 """
 
 
@@ -195,6 +197,8 @@ def sample(
         ),
     ] = None,
     offline: options.OfflineOpt = None,
+    gpus: options.GpusOpt = None,
+    parallel: options.ParallelOpt = None,
     print_config: options.PrintConfigOpt = False,
     dry_run: options.DryRunOpt = False,
     json: options.JsonOpt = False,
@@ -223,8 +227,12 @@ def sample(
         "runtime.compile": compile_,
         "runtime.offload": offload,
         "runtime.offline": offline,
+        **options.parse_axes(parallel),
     }
+    wish = launch.wished(gpus=gpus, nodes=None, hostfile=None, submit=False, max_restarts=None)
     base, saved = options.base(preset, model)
+    if saved is not None:  # how many trained a model says nothing about how many sample from it
+        saved = {path: value for path, value in saved.items() if not path.startswith("parallel.")}
     settings, origins = options.resolve(base, config, set_, flags, saved)
     if fps is not None:
         flags["video.source_fps"] = fps * settings.video.frame_interval
@@ -232,6 +240,8 @@ def sample(
     if print_config:
         options.print_config(settings, origins)
         return
+    if str(prompt_file) == "-" and (wish.is_many or launch.is_started()):
+        raise UsageError("several processes cannot read prompts from one stdin", "--prompt-file takes a file")
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
     if not prompts:
         raise InputError(
@@ -241,11 +251,16 @@ def sample(
 
     from opensora_core import sampling
 
-    plan = sampling.plan(settings, prompts, output, format_, overwrite)
-    if dry_run:
-        console.show(plan)
-    else:
+    processes = gpus if gpus is not None and wish.is_many else 0
+    plan = sampling.plan(settings, prompts, output, format_, overwrite, processes=processes)
+    folder = plan.requests[0].path.parent
+    if launch.launched_many(wish, folder, settings, output=output or folder, dry_run=dry_run):
+        return
+    if not dry_run:
+        launch.as_rank(folder)
         console.follow(sampling.sample(settings, plan, sheet=sheet))
+    elif launch.is_first():
+        console.show(plan)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opensora_core import assets, world
+from opensora_core import assets, parallel, world
 from opensora_core.assets import Kind
 from opensora_core.config import Config
 from opensora_core.errors import ConfigError, InputError, ResourceError, UsageError
 from opensora_core.files import existing, free_bytes, readable, require_space
 from opensora_core.media import WRITERS, format_of
+from opensora_core.sampling.sharing import sharing_of
 
 DEFAULT_FOLDER = Path("samples")
 MAX_CHARACTERS = 10_000
@@ -71,6 +72,8 @@ def plan(
     output: Path | None = None,
     format: str | None = None,
     overwrite: bool = False,
+    *,
+    processes: int = 0,
 ) -> Plan:
     """Check a run and say what it will do; nothing is written and nothing large is loaded.
 
@@ -80,6 +83,7 @@ def plan(
         output: a file for a single sample, or a folder; None is `samples/`.
         format: mp4, gif, webp or png; None is what the suffix of `output` says, else mp4, or png for images.
         overwrite: replace files that are there.
+        processes: that will share the work; 0 is as many as a launcher has started, or this one alone.
 
     Raises:
         InputError: a prompt, size, or output that cannot be used.
@@ -94,6 +98,7 @@ def plan(
     _check_numbers(config)
     requests = _requests(config, _distinct(texts, notices), output, format)
     _check_outputs(config, requests, overwrite)
+    notices += _shared(config, len(requests), processes or parallel.launched())
     weights = _weights(config)
     if config.model.weights == assets.BUNDLED:
         notices += _unknown_to_the_world(texts)
@@ -175,6 +180,18 @@ def _check_numbers(config: Config) -> None:
             "these settings name no weights, and a model of random ones draws noise",
             "--model NAME, PATH or hf:owner/repo",
         )
+
+
+def _shared(config: Config, num_samples: int, processes: int) -> Iterator[str]:
+    sharing = sharing_of(config, processes)
+    if processes > 1:
+        yield (
+            f"{processes} processes share the work: data={sharing.data} x cfg={sharing.cfg} x "
+            f"sequence={sharing.sequence}"
+        )
+    if sharing.data > num_samples:
+        samples = "1 sample" if num_samples == 1 else f"{num_samples} samples"
+        yield f"{samples} for {sharing.data} groups of processes: {sharing.data - num_samples} have nothing to draw"
 
 
 def _check_with_torch(config: Config) -> None:

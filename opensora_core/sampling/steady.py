@@ -87,6 +87,6 @@ def steady_layers(model: nn.Module) -> None:
 
 
 def _one_by_one(forward: Callable[[Tensor], Tensor], few: float, x: Tensor) -> Tensor:
-    if len(x) == 1 or x[0].numel() >= few:
+    if len(x) < 2 or x[0].numel() >= few:  # of shared frames a process may have none
         return forward(x)
     return torch.cat([forward(x[row : row + 1]) for row in range(len(x))])

@@ -82,6 +82,8 @@ class DiffusersVAE(ABC):
         tiling: cut large frames into overlapping tiles and blend the seams; the result differs slightly.
     """
 
+    frames_apart = False
+
     def __init__(
         self,
         model: Any,

@@ -16,6 +16,8 @@ from opensora_core.vae.loading import load_autoencoder
 class FrameVAE(DiffusersVAE):
     """AutoencoderKL on every frame by itself: stride (1, s, s)."""
 
+    frames_apart = True
+
     @classmethod
     def from_pretrained(cls, path: Path, *, dtype: torch.dtype, device: torch.device | str, **options: Any) -> FrameVAE:
         """Read a folder; `options` are those of `DiffusersVAE`.

@@ -88,6 +88,8 @@ class PatchVAE(nn.Module):
         sample_posterior: draw from the posterior instead of taking its mean.
     """
 
+    frames_apart = True
+
     def __init__(
         self,
         *,

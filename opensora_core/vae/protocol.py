@@ -20,6 +20,11 @@ class VideoVAE(Protocol):
         """How many frames, rows and columns of pixels one latent position stands for."""
         ...
 
+    @property
+    def frames_apart(self) -> bool:
+        """Whether each frame is decoded from a latent frame of its own, so that others may decode its neighbours."""
+        ...
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents (C, T', h, w) of a video of this size in pixels.
 

@@ -16,6 +16,8 @@ from opensora_core.vae.loading import load_autoencoder
 class TemporalDecoderVAE(FrameVAE):
     """AutoencoderKLTemporalDecoder. A video is decoded in one piece, so that no seam depends on the micro-batch."""
 
+    frames_apart = False
+
     @classmethod
     def from_pretrained(
         cls, path: Path, *, dtype: torch.dtype, device: torch.device | str, **options: Any

@@ -186,6 +186,17 @@ def test_any_number_of_frames_without_temporal_stride(kind: str, vae_folder: Fol
 
 
 @every_kind
+def test_frames_that_decode_apart_are_told(kind: str, vae_folder: Folder) -> None:
+    vae = load_vae(kind, vae_folder(kind))
+    channels, _, rows, columns = vae.latent_shape(vae.num_frames(3), 2 * vae.stride[1], 2 * vae.stride[2])
+    latents = torch.randn(1, channels, 3, rows, columns, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents)
+    parts = torch.cat([vae.decode(latents[:, :, frame : frame + 1]) for frame in range(3)], dim=2)
+    alike = parts.shape == whole.shape and torch.allclose(parts, whole, atol=1e-4)
+    assert alike == vae.frames_apart == (kind in PER_FRAME and kind != "temporal-decoder")
+
+
+@every_kind
 def test_half_precision_stays_close(kind: str, vae_folder: Folder) -> None:
     full, half = load_vae(kind, vae_folder(kind)), load_vae(kind, vae_folder(kind), dtype=torch.bfloat16)
     video = clip(full, batch=1)
