@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from opensora_core.errors import OsoraError, ResourceError
 
@@ -57,8 +57,20 @@ class Lost(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Again(Generic[T]):
+    """A task that begins anew, because what did it was lost. Only a crew of many machines tells it."""
+
+    worker: int
+    task: T
+    reason: str
+
+
+@dataclass(frozen=True)
 class Waited:
     """Nothing was told for a moment."""
+
+
+Word: TypeAlias = Said[T] | Returned[T, R] | Lost[T] | Again[T] | Waited
 
 
 @dataclass
@@ -98,8 +110,8 @@ class Crew(Generic[J, T, R]):
         self._stall_seconds, self._task_seconds = stall_seconds, task_seconds
         self._workers: list[_Worker[T]] = []
 
-    def run(self, tasks: Iterable[T]) -> Iterator[Said[T] | Returned[T, R] | Lost[T] | Waited]:
-        """Work through tasks, in their order as far as processes are free.
+    def run(self, tasks: Iterable[T]) -> Iterator[Word[T, R]]:
+        """Work through tasks, in their order as far as processes are free, and end the processes.
 
         Yields:
             `Returned` or `Lost` once for each, and what it says before.
@@ -108,24 +120,28 @@ class Crew(Generic[J, T, R]):
             OsoraError: a task raised it, such as for a full disk. All others end with it.
             ResourceError: processes do not start.
         """
-        queue = iter(tasks)
-        upcoming = next(queue, None)
         try:
-            while upcoming is not None or any(worker.task is not None for worker in self._workers):
-                if upcoming is not None and len(self._workers) < self._num_workers:
-                    self._workers.append(self._start())
-                for worker in self._workers:
-                    if upcoming is not None and worker.ready and worker.task is None:
-                        with suppress(BrokenPipeError):  # its death is noticed below
-                            worker.connection.send(upcoming)
-                            worker.task, upcoming = upcoming, next(queue, None)
-                            worker.began = worker.heard = time.monotonic()
-                if not wait([worker.connection for worker in self._workers], _POLL_SECONDS):
-                    yield Waited()
-                for number in range(len(self._workers)):
-                    yield from self._listen(number)
+            yield from self.work(tasks)
         finally:
             self.close()
+
+    def work(self, tasks: Iterable[T]) -> Iterator[Word[T, R]]:
+        """As `run`, but the processes are kept for more tasks, until `close`."""
+        queue = iter(tasks)
+        upcoming = next(queue, None)
+        while upcoming is not None or any(worker.task is not None for worker in self._workers):
+            if upcoming is not None and len(self._workers) < self._num_workers:
+                self._workers.append(self._start())
+            for worker in self._workers:
+                if upcoming is not None and worker.ready and worker.task is None:
+                    with suppress(BrokenPipeError):  # its death is noticed below
+                        worker.connection.send(upcoming)
+                        worker.task, upcoming = upcoming, next(queue, None)
+                        worker.began = worker.heard = time.monotonic()
+            if not wait([worker.connection for worker in self._workers], _POLL_SECONDS):
+                yield Waited()
+            for number in range(len(self._workers)):
+                yield from self._listen(number)
 
     def in_work(self) -> list[T]:
         """Tasks that have been begun and not ended."""

@@ -25,8 +25,9 @@ VERSION = 1
 
 _FINISHED = ("ok", "damaged")
 _LIMITS = ("stall_seconds", "source_seconds", "source_bytes", "source_frames", "source_pixels")
-_COSTS = ("workers", "decode_threads", *_LIMITS)
-"""Settings that say what a source may cost. They change nothing in the clips of one that stays within them."""
+_COSTS = ("engine", "ray_address", "workers", "decode_threads", *_LIMITS)
+"""Settings that say where a source is split and what it may cost. They change nothing in the clips of one that stays
+within them."""
 
 _BOUNDARY_NAMES = (
     *("{name}.scenes.txt", "{stem}.scenes.txt", "{name}.predictions.txt", "{stem}.predictions.txt"),
@@ -104,6 +105,10 @@ def _check_settings(config: SplitConfig) -> None:
     for name in ("decode_threads", *_LIMITS):
         if getattr(config, name) <= 0:
             raise ConfigError(f"split.{name} = {getattr(config, name)} is not above 0")
+    if config.ray_address and config.engine != "ray":
+        raise ConfigError(
+            f"split.ray_address = {config.ray_address} says nothing to engine {config.engine}", "--engine ray"
+        )
     if config.max_seconds and config.min_seconds > config.max_seconds:
         raise ConfigError(
             f"split.min_seconds = {config.min_seconds:g} is more than split.max_seconds = {config.max_seconds:g}",

@@ -19,6 +19,7 @@ TRANSITION = "in a transition"
 TRIMMED = "trimmed"
 
 _SLACK = 1e-6  # seconds; times of frames are sums of fractions
+_ANCHORS = 16  # keyframes in the longest share that are thought of, where every frame is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ def choose_ranges(
         min_seconds: of a clip.
         max_seconds: of a clip; `math.inf` leaves scenes whole. A single frame may be shown for longer.
         trim: frames that are dropped on both sides of a boundary.
-        keyframes: (N,); where given, long scenes are parted at keyframes as far as the two lengths allow.
+        keyframes: (N,); where given, long scenes are parted so that few frames of a clip come before its first
+            keyframe, as far as the two lengths allow, and not evenly.
 
     Returns:
         Ranges and gaps, each in order.
@@ -175,18 +177,60 @@ def _at_keyframes(
     lengths: tuple[float, float],
     keyframes: NDArray[np.bool_],
 ) -> list[int]:
-    """The same number of shares, parted at the keyframes that are nearest to where they were."""
-    min_seconds, max_seconds = lengths
-    moved, end = [shares[0]], shares[-1]
-    for number in range(1, len(shares) - 1):
-        left = len(shares) - 1 - number
-        # the target is judged anew, for an earlier cut has moved
-        mark = times[moved[-1]] + (times[end] - times[moved[-1]]) / (left + 1)
-        around = np.flatnonzero(keyframes[moved[-1] + 1 : end]) + moved[-1] + 1
-        own, rest = times[around] - times[moved[-1]], times[end] - times[around]
-        fits = (own >= min_seconds) & (own <= max_seconds) & (rest >= left * min_seconds) & (rest <= left * max_seconds)
-        if not fits.any():
-            return shares
-        around = around[fits]
-        moved.append(int(around[np.abs(times[around] - mark).argmin()]))
-    return [*moved, end]
+    """Other shares of a scene, of which as many frames as possible lie behind a keyframe of their own share.
+
+    Of several such ways, the one with the fewest shares, and the most even of these. The given ones, if none is better.
+    """
+    max_seconds = lengths[1]
+    start, end = shares[0], shares[-1]
+    found = np.flatnonzero(keyframes[start + 1 : end]) + start + 1
+    # the first keyframe at or after each frame
+    following = [*np.minimum.accumulate(np.where(keyframes[start:end], np.arange(start, end), end)[::-1])[::-1], end]
+    anchors = [start]
+    for place in found.tolist():
+        if times[place] - times[anchors[-1]] >= max_seconds / _ANCHORS:
+            anchors.append(place)
+    anchors.append(end)
+
+    def cost(cuts: list[int]) -> tuple[int, int, float]:
+        late = sum(min(int(following[first - start]), last) - first for first, last in pairwise(cuts))
+        return late, len(cuts), sum(float(times[last] - times[first]) ** 2 for first, last in pairwise(cuts))
+
+    best: list[tuple[tuple[int, int, float], list[int]] | None] = [((0, 0, 0.0), [start]), *[None] * (len(anchors) - 1)]
+    for number, first in enumerate(anchors[:-1]):
+        reached = best[number]
+        if reached is None:
+            continue
+        so_far, way = reached
+        for other in range(number + 1, len(anchors)):
+            last = anchors[other]
+            leg = _leg(times, (first, last), lengths, is_keyframe=bool(keyframes[first]))
+            if leg is not None:
+                late, count, square = cost(leg)
+                total = so_far[0] + late, so_far[1] + count - 1, so_far[2] + square
+                known = best[other]
+                if known is None or total < known[0]:
+                    best[other] = total, [*way, *leg[1:]]
+            if times[last] - times[first] > 2 * max_seconds:
+                break
+    chosen = best[-1]
+    return shares if chosen is None or cost(shares)[0] <= chosen[0][0] else chosen[1]
+
+
+def _leg(
+    times: NDArray[np.float64], span: tuple[int, int], lengths: tuple[float, float], *, is_keyframe: bool
+) -> list[int] | None:
+    """The fewest shares between two keyframes, the first of them as long as may be if it is the one that has one."""
+    (start, end), (min_seconds, max_seconds) = span, lengths
+    length = float(times[end] - times[start])
+    count = max(1, math.ceil((length - _SLACK) / max_seconds))
+    if count > end - start:
+        return None
+    cuts = _even(times, start, end, count)
+    if is_keyframe and count > 1:
+        most = times[start] + min(max_seconds, length - (count - 1) * min_seconds) + _SLACK
+        lead = int(np.searchsorted(times, most, "right")) - 1
+        if start < lead <= end - (count - 1):
+            cuts = [start, *_even(times, lead, end, count - 1)]
+    steps = [float(times[last] - times[first]) for first, last in pairwise(cuts)]
+    return cuts if min(steps) >= min_seconds - _SLACK and max(steps) <= max_seconds + _SLACK else None

@@ -7,13 +7,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 from opensora_core.config import FilterConfig, SplitConfig
 from opensora_core.curation import filters
-from opensora_core.curation.crew import Crew, Lost, Returned, Said
+from opensora_core.curation.crew import Again, Crew, Lost, Returned, Said, Tell, Word
+from opensora_core.curation.crew_ray import RayCrew
 from opensora_core.curation.events import (
     Event,
     FilterDone,
@@ -43,6 +46,8 @@ from opensora_core.curation.work import (
 from opensora_core.errors import InputError, ResourceError
 from opensora_core.notice import Notice
 from opensora_core.runs import only_writer
+
+R = TypeVar("R")
 
 _LOOK_SECONDS = 60.0
 _GUESS_BYTES_PER_SECOND = 500_000.0  # before any source has been opened
@@ -107,15 +112,7 @@ def examine(config: SplitConfig, request: Request) -> Iterator[Event]:
     records.require(settings_of(config), redo=request.redo)
     plan = Plan(config, request, records, sources)
     planned = [PlannedSource(str(item.path), None, 0, 0, 0.0, "", None, item.reason) for item, _ in plan.unusable]
-    crew: Crew[Job, Task, Header | str] = Crew(
-        look,
-        plan.job,
-        num_workers=min(plan.num_workers, len(plan.tasks)),
-        stall_seconds=config.stall_seconds,
-        task_seconds=_LOOK_SECONDS,
-        task_bytes=config.source_bytes,
-    )
-    for word in crew.run(plan.tasks):
+    for word in _crew(plan, look, _LOOK_SECONDS, writes=False).run(plan.tasks):
         if isinstance(word, Lost):
             planned.append(PlannedSource(str(word.task.source.path), None, 0, 0, 0.0, "", None, word.reason))
         elif isinstance(word, Returned):
@@ -126,6 +123,38 @@ def examine(config: SplitConfig, request: Request) -> Iterator[Event]:
         told = ", ".join(f"{name} = {value:g}" for name, value in filters.limits_of(limits).items())
         making = f"{making}, then filtered: {told or 'no limits'}"
     yield SplitPlan(request.output, tuple(planned), len(plan.skipped), making, tuple(notices))
+
+
+def _crew(
+    plan: Plan, function: Callable[[Job, Task, Tell], R], task_seconds: float, *, writes: bool
+) -> Crew[Job, Task, R] | RayCrew[Job, Task, R]:
+    """Who does the tasks of a plan; `writes` clips or only looks at sources."""
+    config = plan.config
+    if config.engine == "ray":
+        return RayCrew(
+            function,
+            plan.job,
+            num_workers=config.workers,
+            stall_seconds=config.stall_seconds,
+            task_seconds=task_seconds,
+            task_bytes=config.source_bytes,
+            address=config.ray_address,
+            cpus=config.decode_threads,
+            needs=_files_of,
+            folder=plan.request.output if writes else None,
+        )
+    return Crew(
+        function,
+        plan.job,
+        num_workers=min(plan.num_workers, len(plan.tasks)),
+        stall_seconds=config.stall_seconds,
+        task_seconds=task_seconds,
+        task_bytes=config.source_bytes,
+    )
+
+
+def _files_of(task: Task) -> list[Path]:
+    return [task.source.path] if task.boundaries is None else [task.source.path, task.boundaries]
 
 
 class _Run:
@@ -149,14 +178,7 @@ class _Run:
         The tables of a folder that is filtered are left to who filters: no clip is listed before it is judged.
         """
         plan, config = self.plan, self.plan.config
-        crew: Crew[Job, Task, Result] = Crew(
-            split_source,
-            plan.job,
-            num_workers=min(plan.num_workers, len(plan.tasks)),
-            stall_seconds=config.stall_seconds,
-            task_seconds=config.source_seconds,
-            task_bytes=config.source_bytes,
-        )
+        crew = _crew(plan, split_source, config.source_seconds, writes=True)
         try:
             for source, name in plan.unusable:
                 task = Task(source, name)
@@ -166,12 +188,7 @@ class _Run:
             words = crew.run(plan.tasks)
             try:
                 for word in words:
-                    if isinstance(word, Said):
-                        self._hear(word)
-                    elif isinstance(word, Returned):
-                        yield self._end(word.worker, word.task, word.result)
-                    elif isinstance(word, Lost):
-                        yield self._end(word.worker, word.task, given_up(plan.job, word.task, "failed", word.reason))
+                    yield from self._follow(word)
                     if (now := time.monotonic()) - told >= _TELL_SECONDS:
                         told = now
                         yield self._progress(now - started)
@@ -190,6 +207,17 @@ class _Run:
         if not self._is_filtered:  # else the clips are measured first
             plan.records.write_tables()
 
+    def _follow(self, word: Word[Task, Result]) -> Iterator[Event]:
+        if isinstance(word, Said):
+            self._hear(word)
+        elif isinstance(word, Returned):
+            yield self._end(word.worker, word.task, word.result)
+        elif isinstance(word, Lost):
+            yield self._end(word.worker, word.task, given_up(self.plan.job, word.task, "failed", word.reason))
+        elif isinstance(word, Again):
+            self._forget(word)
+            yield Notice(f"{word.task.source.path} begins anew: {word.reason}")
+
     def _hear(self, word: Said[Task]) -> None:
         if isinstance(word.word, Header):
             task = word.task
@@ -202,6 +230,13 @@ class _Run:
         elif isinstance(word.word, Moved):
             moved = word.word
             self._states[word.worker] = WorkerState(str(word.task.source.path), moved.phase, moved.fraction)
+
+    def _forget(self, word: Again[Task]) -> None:
+        self._states.pop(word.worker, None)
+        if word.worker in self._lengths:
+            self._known_seconds -= self._lengths.pop(word.worker)
+            self._known_bytes -= word.task.source.size_bytes
+            self._left_bytes += word.task.source.size_bytes
 
     def _end(self, worker: int, task: Task, result: Result) -> SourceSplit:
         self._states.pop(worker, None)

@@ -17,7 +17,7 @@ from opensora_core.curation.crew import Tell
 from opensora_core.curation.preview import draw_sheet
 from opensora_core.curation.records import CLIPS_FOLDER, Record, Records, Row
 from opensora_core.curation.scenes import Gap, Range, choose_ranges, last_end
-from opensora_core.curation.sources import Source
+from opensora_core.curation.sources import Source, identified
 from opensora_core.curation.stats import keep_scores
 from opensora_core.errors import ConfigError, InputError, OsoraError
 from opensora_core.files import refusal, sha256, write_bytes
@@ -204,6 +204,8 @@ def _split(job: Job, task: Task, tell: Tell) -> Result:
         clips = [accounts.whole(item, content) for item in ranges]
     else:
         clips, lost = _cut(job, task, accounts, ranges, progress)
+        if identified(path).identity != task.source.identity:  # what was decoded is not what was cut
+            raise InputError(f"{path} changed while it was split")
         gaps = sorted([*gaps, *lost], key=lambda gap: gap.start)
     _remove_others(job.output / CLIPS_FOLDER / task.name, {job.output / row["path"] for row in clips})
     # what previews and statistics are made of, so that either can be asked for later
@@ -240,6 +242,7 @@ def _cut(
         encoding_of(config, accounts.found.crop),
         threads=config.decode_threads,
         limits=limits_of(config, config.stall_seconds),
+        is_decoded=not config.fast and not accounts.found.damage,
         on_progress=progress.cutting,
     ):
         item = left.pop(made.path.stem)

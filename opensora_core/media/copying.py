@@ -22,6 +22,7 @@ from opensora_core.media.exact import Source
 from opensora_core.media.packets import packets_from, prefix_bytes, units_of
 from opensora_core.media.pieces import Cut, Encoding, Piece
 from opensora_core.media.piecework import Event, Job, Patience, Work, carried_out, checked, clip_container, ticks_of
+from opensora_core.media.proof import Proof
 from opensora_core.media.read import opened
 from opensora_core.media.soundtrack import Sound
 
@@ -226,8 +227,10 @@ def _copy(source: Source, index: Index, piece: Piece, stretch: Stretch, audio: L
                     packet = yield
             writer.finish()
         tolerance = max(float(source.base) / 2, _MATROSKA_TICK if format != "mp4" else 0.0)
+        proof = writer.proof if source.is_decoded else None
+        num_copied = len(writer.times)
         return checked(
-            part, path, piece, writer.times, source.limits, num_copied=len(writer.times), tolerance=tolerance
+            part, path, piece, writer.times, source.limits, num_copied=num_copied, tolerance=tolerance, proof=proof
         )
 
 
@@ -280,6 +283,9 @@ class PacketWriter:
         ]
         self._dts = _decoding_times(self._pts)
         self.times = [tick * base.numerator / base.denominator for tick in ticks[:-1]]
+        context = source.stream.codec_context
+        self.proof = Proof(context.name, prefix_bytes(context.name, context.extradata))
+        self._copied = range(len(head), len(head) + len(taken))
         self._place = 0
         self._end = float(ticks[-1] * base)
 
@@ -297,12 +303,14 @@ class PacketWriter:
         """Write the next packet."""
         number, place = self._numbers[self._place], self._place
         self._place += 1
+        self.proof.add(packet, is_new=place not in self._copied, is_hidden=number < 0)
         packet.pts, packet.dts = self._pts[place], self._dts[place]
         packet.time_base = self._source.base
         packet.duration = self._durations[number - self._first] if number >= 0 else 0
         packet.stream = self._stream
         if self._sound is not None:
-            for other in self._sound.until(max(0.0, float(self._dts[place] * self._source.base))):
+            base = self._source.base
+            for other in self._sound.until(max(0.0, self._dts[place] * base.numerator / base.denominator)):
                 self._container.mux(other)
         self._container.mux(packet)
 

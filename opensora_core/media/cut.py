@@ -57,9 +57,10 @@ def cut(
     *,
     threads: int = 1,
     limits: Limits = _LIMITS,
+    is_decoded: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> Iterator[Cut | Failure]:
-    """Cut pieces out of a source and decode each of them back.
+    """Cut pieces out of a source, and decode each of them back or prove it by its bytes.
 
     Args:
         source: a video.
@@ -69,6 +70,8 @@ def cut(
         encoding: of what is encoded.
         threads: of the source's decoder. The result does not depend on them.
         limits: of what the source, and each clip, may cost. `max_seconds` is the longest wait for a frame.
+        is_decoded: `seconds` are of frames each of which was decoded and found sound: copied packets are then compared
+            with the source's, and only what is new and what stands beside it is decoded back.
         on_progress: is told how much is done, up to 1.
 
     Yields:
@@ -85,7 +88,16 @@ def cut(
     _require_within(source, pieces, seconds)
     total, done = sum(piece.end_frame - piece.start_frame for piece in pieces), 0
     for layer in _layers(pieces):
-        for outcome, piece in _cut(source, layer, seconds, how=how, encoding=encoding, threads=threads, limits=limits):
+        for outcome, piece in _cut(
+            source,
+            layer,
+            seconds,
+            how=how,
+            encoding=encoding,
+            threads=threads,
+            limits=limits,
+            is_decoded=is_decoded,
+        ):
             done += piece.end_frame - piece.start_frame
             if on_progress is not None:
                 on_progress(done / total)
@@ -125,6 +137,7 @@ def _cut(
     encoding: Encoding,
     threads: int,
     limits: Limits,
+    is_decoded: bool,
 ) -> Iterator[tuple[Cut | Failure, Piece]]:
     """Pieces that do not overlap."""
     ways: list[_Way]
@@ -142,7 +155,7 @@ def _cut(
         with ExitStack() as stack:
             container, stream = stack.enter_context(opened(path, limits.max_pixels))
             track = stack.enter_context(Soundtrack(path, limits.max_pixels))
-            source = Source(path, stream, seconds, tick(stream, seconds), track, limits)
+            source = Source(path, stream, seconds, tick(stream, seconds), track, limits, is_decoded)
             for job, outcome in way(container, source, pieces, encoding, threads):
                 if isinstance(outcome, Cut):
                     yield outcome, job.piece

@@ -39,6 +39,7 @@ class Source:
     base: Fraction  # seconds per tick of its clips
     track: Soundtrack
     limits: Limits
+    is_decoded: bool = False  # all of it, to the frame, so that what is copied of it is proved by its bytes
 
 
 def decoded(container: InputContainer, source: Source, threads: int) -> Iterator[Event]:

@@ -132,7 +132,7 @@ def scan(
         InputError: beyond the budget.
     """
     codec = stream.codec_context.name
-    _require_times(stream, codec)
+    require_times(stream, codec)
     read_header = _HEADERS.get(codec, _unknown_header)
     length_bytes = prefix_bytes(codec, stream.codec_context.extradata)
     timeline = Timeline([], [], [], [], [], [])
@@ -176,8 +176,12 @@ def scan(
     return Timeline(timeline.pts, timeline.shown, loose, timeline.keys, timeline.clip, kept)
 
 
-def _require_times(stream: VideoStream, codec: str) -> None:
-    """Check that a packet holds a frame and says when it is shown, as far as container and codec can tell."""
+def require_times(stream: VideoStream, codec: str) -> None:
+    """Check that a packet holds a frame and says when it is shown, as far as container and codec can tell.
+
+    Raises:
+        UnreliableTimesError: it does not.
+    """
     timed = _TIMED.intersection(stream.container.format.name.split(","))
     if not timed or codec not in _ONE_FRAME_EACH or stream.codec_context.field_order not in _UNKNOWN_OR_PROGRESSIVE:
         raise UnreliableTimesError
@@ -189,6 +193,18 @@ def prefix_bytes(codec: str, extradata: bytes | None) -> int:
     if extradata and len(extradata) > place and extradata[0] == 1:
         return (extradata[place] & 3) + 1
     return 0
+
+
+def whole_units(data: bytes, length_bytes: int) -> Iterator[bytes]:
+    """The units of an H.264 or HEVC packet."""
+    if not length_bytes:
+        yield from (unit for unit in (part.rstrip(b"\0") for part in data.split(b"\0\0\1")[1:]) if unit)
+        return
+    place = 0
+    while place + length_bytes < len(data):
+        length = int.from_bytes(data[place : place + length_bytes], "big")
+        yield data[place + length_bytes : place + length_bytes + length]
+        place += length_bytes + max(length, 1)
 
 
 def units_of(packet: Packet[VideoStream], length_bytes: int) -> Iterator[bytes]:

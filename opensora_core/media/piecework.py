@@ -25,6 +25,7 @@ from opensora_core.files import free_bytes, readable, sha256
 from opensora_core.media.decoding import survey
 from opensora_core.media.packets import Window
 from opensora_core.media.pieces import Cut, Piece
+from opensora_core.media.proof import Proof, proved
 from opensora_core.media.read import Budget, Limits
 
 Payload: TypeAlias = "VideoFrame | Packet[VideoStream]"
@@ -159,9 +160,17 @@ def clip_container(part: Path, path: Path, format: str) -> Iterator[OutputContai
 
 
 def checked(
-    part: Path, path: Path, piece: Piece, times: Sequence[float], limits: Limits, *, num_copied: int, tolerance: float
+    part: Path,
+    path: Path,
+    piece: Piece,
+    times: Sequence[float],
+    limits: Limits,
+    *,
+    num_copied: int,
+    tolerance: float,
+    proof: Proof | None = None,
 ) -> Cut:
-    """Decode a written clip back.
+    """Decode a written clip back, or prove that it would decode.
 
     Args:
         part: where it lies now.
@@ -171,12 +180,14 @@ def checked(
         limits: of what decoding it may cost.
         num_copied: frames that were copied.
         tolerance: seconds by which its times may be off.
+        proof: of its packets; None decodes all of it, as does a clip that it does not fit.
 
     Raises:
         InputError: it does not hold these frames at these times.
     """
     try:
-        found = survey(Window(), Budget(part, limits))
+        found = proved(proof, Budget(part, limits)) if proof is not None else None
+        found = found or survey(Window(), Budget(part, limits))
     except (InputError, av.FFmpegError) as error:
         reason = str(error).replace(str(part), str(path))  # the same in every run
         raise InputError(f"the clip does not decode back: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -22,9 +23,10 @@ from opensora_core.media.copying import Index, PacketWriter, Stretch, copy_job, 
 from opensora_core.media.decoding import Decoder
 from opensora_core.media.encoding import REPEATABLE_X264, prepare
 from opensora_core.media.exact import Source, encoded
-from opensora_core.media.packets import DamageError, packets_from, prefix_bytes
+from opensora_core.media.packets import DamageError, packets_from, prefix_bytes, whole_units
 from opensora_core.media.pieces import Cut, Encoding, Piece
 from opensora_core.media.piecework import Event, Job, Patience, Work, carried_out, checked, clip_container, ticks_of
+from opensora_core.media.soundtrack import Soundtrack
 
 _EIGHT_BITS = ("yuv420p", "yuvj420p")
 _PROGRESSIVE = (0, 1)
@@ -101,7 +103,7 @@ class _Twin:
             InputError: it brings others.
         """
         data = bytes(packet)
-        units = _lengthy(data) if self._length_bytes else _parted(data)
+        units = whole_units(data, self._length_bytes)
         others = [unit for unit in units if unit[0] & 31 in (_SPS, _PPS)]
         known = {*self._sets.sequence, *self._sets.picture}
         if packet.has_sidedata("new_extradata") or any(unit not in known for unit in others):
@@ -132,7 +134,7 @@ class _Run:
 
     def _framed(self, packet: Packet[VideoStream]) -> Packet[VideoStream]:
         """A packet in the source's way of parting units, with the picture alone."""
-        slices = [unit for unit in _parted(bytes(packet)) if unit[0] & 31 in _SLICES]
+        slices = [unit for unit in whole_units(bytes(packet), 0) if unit[0] & 31 in _SLICES]
         if self._length_bytes:
             content = b"".join(len(unit).to_bytes(4, "big") + unit for unit in slices)
         else:
@@ -140,20 +142,6 @@ class _Run:
         framed: Packet[VideoStream] = Packet(content)  # type: ignore[assignment]
         framed.is_keyframe = packet.is_keyframe
         return framed
-
-
-def _parted(data: bytes) -> list[bytes]:
-    """Units between start codes."""
-    return [unit for unit in (part.rstrip(b"\0") for part in data.split(b"\0\0\1")[1:]) if unit]
-
-
-def _lengthy(data: bytes) -> Iterator[bytes]:
-    """Units behind their lengths of four bytes."""
-    place = 0
-    while place + 4 < len(data):
-        length = int.from_bytes(data[place : place + 4], "big")
-        yield data[place + 4 : place + 4 + length]
-        place += 4 + max(length, 1)
 
 
 def _sets(extradata: bytes) -> _Sets:
@@ -168,7 +156,7 @@ def _sets(extradata: bytes) -> _Sets:
                 units.append(extradata[place + 2 : place + 2 + length])
                 place += 2 + length
     else:
-        units = _parted(extradata)
+        units = list(whole_units(extradata, 0))
     return _Sets([unit for unit in units if unit[0] & 31 == _SPS], [unit for unit in units if unit[0] & 31 == _PPS])
 
 
@@ -210,29 +198,43 @@ def spliced(
         twin: _Twin | None = _Twin(source, encoding)
     except (InputError, av.FFmpegError, IndexError, ValueError):
         twin = None
-    audio: Literal["encode", ""] = "encode" if encoding.audio else ""
-    jobs: list[Job] = []
-    wanted: list[int] = []  # frames that have to be decoded
-    for piece in pieces:
-        stretch = index.stretch(piece)
-        if stretch is not None and (stretch.start, stretch.end) == (piece.start_frame, piece.end_frame):
-            jobs.append(copy_job(source, index, piece, stretch, audio))
-            continue
-        numbers = list(range(piece.start_frame, piece.end_frame))
-        if stretch is not None:
-            numbers = [number for number in numbers if not stretch.start <= number < stretch.end]
-        first = index.entries[0] if index.entries else len(index.pts)
-        if twin is None or (index.positions[numbers] < first).any():
-            yield from refused([piece], "it cannot be joined of copied and new frames")
-            continue
-        wanted += numbers
-        if stretch is None:
-            start, end = piece.start_frame, piece.end_frame
-            wants = partial(_is_frame_in, start, end)
-            jobs.append(Job(piece, wants, partial(encoded, source, piece, encoding)))
-        else:
-            jobs.append(_splice_job(source, index, piece, stretch, twin, audio=encoding.audio))
-    yield from carried_out(jobs, _events(container, source, index, wanted, threads))
+    audio: Literal["copy", "encode", ""] = "encode" if encoding.audio else ""
+    with ExitStack() as stack:
+        copying = source
+        if audio and _is_as_encoded(source.track):
+            # packets that are copied and samples that are encoded would take them from each other
+            track = stack.enter_context(Soundtrack(source.path, source.limits.max_pixels))
+            audio, copying = "copy", replace(source, track=track)
+        jobs: list[Job] = []
+        wanted: list[int] = []  # frames that have to be decoded
+        for piece in pieces:
+            stretch = index.stretch(piece)
+            if stretch is not None and (stretch.start, stretch.end) == (piece.start_frame, piece.end_frame):
+                jobs.append(copy_job(copying, index, piece, stretch, audio))
+                continue
+            numbers = list(range(piece.start_frame, piece.end_frame))
+            if stretch is not None:
+                numbers = [number for number in numbers if not stretch.start <= number < stretch.end]
+            first = index.entries[0] if index.entries else len(index.pts)
+            if twin is None or (index.positions[numbers] < first).any():
+                yield from refused([piece], "it cannot be joined of copied and new frames")
+                continue
+            wanted += numbers
+            if stretch is None:
+                wants = partial(_is_frame_in, piece.start_frame, piece.end_frame)
+                jobs.append(Job(piece, wants, partial(encoded, source, piece, encoding)))
+            else:
+                jobs.append(_splice_job(copying, index, piece, stretch, twin, audio=audio))
+        yield from carried_out(jobs, _events(container, source, index, wanted, threads))
+
+
+def _is_as_encoded(track: Soundtrack) -> bool:
+    """Whether its packets can stand where encoded ones would: AAC with its header apart."""
+    return (
+        track.stream is not None
+        and track.stream.codec_context.name == "aac"
+        and bool(track.stream.codec_context.extradata)
+    )
 
 
 def _is_frame_in(start: int, end: int, frame: int, position: int) -> bool:
@@ -271,7 +273,7 @@ def _events(
         yield -1, position, packet
 
 
-def _splice_job(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: _Twin, *, audio: bool) -> Job:
+def _splice_job(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: _Twin, *, audio: str) -> Job:
     taken = frozenset(index.taken(stretch))
 
     def wants(frame: int, position: int) -> bool:
@@ -282,7 +284,7 @@ def _splice_job(source: Source, index: Index, piece: Piece, stretch: Stretch, tw
     return Job(piece, wants, partial(_splice, source, index, piece, stretch, twin, audio=audio))
 
 
-def _splice(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: _Twin, *, audio: bool) -> Work:
+def _splice(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: _Twin, *, audio: str) -> Work:
     path = piece.path.with_suffix(".mp4")
     start = float(source.seconds[piece.start_frame])
     piece = replace(piece, start_seconds=start)
@@ -293,7 +295,8 @@ def _splice(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: 
     payload = yield
     with replacing(path) as part:
         with clip_container(part, path, "mp4") as container:
-            writer.attach(container, twin.extradata, source.track.encoded(start, piece.end_seconds) if audio else None)
+            of_way = source.track.copied if audio == "copy" else source.track.encoded
+            writer.attach(container, twin.extradata, of_way(start, piece.end_seconds) if audio else None)
             left = len(head) + len(taken) + len(tail)
             for run in (head, taken, tail):
                 encoder = None if run is taken else twin.run()
@@ -322,4 +325,5 @@ def _splice(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: 
             source.limits,
             num_copied=stretch.end - stretch.start,
             tolerance=float(source.base) / 2,
+            proof=writer.proof if source.is_decoded else None,
         )

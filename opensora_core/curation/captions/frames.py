@@ -16,6 +16,7 @@ from opensora_core.config import CaptionConfig
 from opensora_core.curation.captions import camera
 from opensora_core.curation.captions.protocol import Shown
 from opensora_core.curation.crew import Crew, Lost, Returned, Tell
+from opensora_core.curation.crew_ray import RayCrew
 from opensora_core.errors import InputError
 from opensora_core.media import Limits, probe, read_frames
 from opensora_core.media.pixels import Frames
@@ -67,7 +68,7 @@ def see(
         Every clip, once; and None now and then, while nothing is ready.
 
     Raises:
-        ResourceError: processes do not start.
+        ResourceError: processes do not start, or a machine of the cluster does not see a clip.
     """
     if not at and not config.camera:
         for index, clip in clips:
@@ -81,15 +82,7 @@ def see(
             known[index] = clip
             yield _Task(index, clip.path, clip.start_seconds, clip.end_seconds, clip.num_frames, clip.fps)
 
-    crew: Crew[Sight, _Task, _Result] = Crew(
-        look,
-        Sight(at, config.side, config.camera, limits),
-        num_workers=config.workers or min(os.cpu_count() or 1, _MOST_WORKERS),
-        stall_seconds=config.stall_seconds,
-        task_seconds=config.clip_seconds,
-        task_bytes=config.clip_bytes,
-    )
-    words = crew.run(tasks())
+    words = _crew(config, Sight(at, config.side, config.camera, limits)).run(tasks())
     try:
         for word in words:
             if isinstance(word, Returned):
@@ -105,6 +98,30 @@ def see(
                 yield None
     finally:
         words.close()  # type: ignore[attr-defined]
+
+
+def _crew(config: CaptionConfig, sight: Sight) -> Crew[Sight, _Task, _Result] | RayCrew[Sight, _Task, _Result]:
+    if config.engine == "ray":
+        return RayCrew(
+            look,
+            sight,
+            num_workers=config.workers or _MOST_WORKERS * config.gpus,
+            stall_seconds=config.stall_seconds,
+            task_seconds=config.clip_seconds,
+            task_bytes=config.clip_bytes,
+            address=config.ray_address,
+            cpus=1,
+            needs=lambda task: [task.path],
+            folder=None,
+        )
+    return Crew(
+        look,
+        sight,
+        num_workers=config.workers or min(os.cpu_count() or 1, _MOST_WORKERS),
+        stall_seconds=config.stall_seconds,
+        task_seconds=config.clip_seconds,
+        task_bytes=config.clip_bytes,
+    )
 
 
 def look(sight: Sight, task: _Task, tell: Tell) -> _Result:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from opensora_core.curation.captions.frames import Unseen
 from opensora_core.curation.captions.protocol import Captioner, Shown, Words
@@ -104,6 +104,14 @@ class Belt(Generic[T]):
         return None
 
 
+class FarLane(Protocol):
+    """Describes on another machine."""
+
+    def drive(self, batches: Belt[list[Shown]], words: Belt[Word], stop: threading.Event) -> None:
+        """Describe all batches and tell of it, on the thread that calls, until there are no more or `stop` is set."""
+        ...
+
+
 class Lanes:
     """Describes clips.
 
@@ -111,12 +119,19 @@ class Lanes:
         captioner: made, and not loaded.
         devices: one per process, of a captioner that is local; the first of one alone is used in this process.
         source: what `frames.see` yields.
+        far: makes of a device who describes on it; None for processes of this machine.
     """
 
-    def __init__(self, captioner: Captioner, devices: Sequence[str], source: Iterable[Shown | Unseen | None]) -> None:
-        self._captioner, self._devices, self._source = captioner, devices, source
+    def __init__(
+        self,
+        captioner: Captioner,
+        devices: Sequence[str],
+        source: Iterable[Shown | Unseen | None],
+        far: Callable[[str], FarLane] | None = None,
+    ) -> None:
+        self._captioner, self._devices, self._source, self._far = captioner, devices, source, far
         self._stop = threading.Event()
-        self._is_spread = captioner.is_local and len(devices) > 1
+        self._is_spread = captioner.is_local and (len(devices) > 1 or far is not None)
         self.num_lanes = len(devices) if self._is_spread else captioner.lanes
         self._batches: Belt[list[Shown]] = Belt(_AHEAD * self.num_lanes, self._stop)
         self._prepared: Belt[tuple[list[Shown], Any]] = Belt(self.num_lanes, self._stop)
@@ -226,6 +241,9 @@ class Lanes:
 
     def _drive(self, device: str) -> None:
         """Keep a process with a captioner of its own busy: one batch in work there, and the next ones prepared."""
+        if self._far is not None:
+            self._far(device).drive(self._batches, self._words, self._stop)
+            return
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._captioner, device), daemon=True)

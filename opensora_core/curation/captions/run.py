@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensora_core.config import CaptionConfig, Config
 from opensora_core.curation.captions.clean import clean
@@ -22,10 +22,12 @@ from opensora_core.curation.captions.events import (
 )
 from opensora_core.curation.captions.frames import Unseen, see
 from opensora_core.curation.captions.lanes import Described, Lanes, Ready
+from opensora_core.curation.captions.lanes_ray import RayLane, devices_of
 from opensora_core.curation.captions.language import check_language, language_of
 from opensora_core.curation.captions.ledger import Ledger
 from opensora_core.curation.captions.page import write_preview
 from opensora_core.curation.captions.protocol import Captioner, Shown, Words
+from opensora_core.curation.cluster import connected
 from opensora_core.errors import ConfigError, DeviceError, InputError, OsoraError, UsageError
 from opensora_core.notice import Notice
 from opensora_core.runs import only_writer
@@ -141,6 +143,7 @@ def _prepare(config: Config, request: CaptionRequest) -> tuple[Captioner, Manife
     captioner = build_captioner(config)
     if config.caption.gpus > 1 and not captioner.is_local:
         raise ConfigError(f"caption.gpus = {config.caption.gpus} says nothing to {captioner.about}", "leave it out")
+    _check_engine(config.caption, captioner)
     manifest = read_manifest(request.source)
     ledger = Ledger(request.output or manifest.folder / DEFAULT_NAME, manifest)
     own = request.source / "manifest.jsonl" if request.source.is_dir() else request.source
@@ -156,6 +159,17 @@ def _check_numbers(config: CaptionConfig) -> None:
             value = getattr(config, name)
             if value < 0 or (value == 0 and names is _POSITIVE):
                 raise ConfigError(f"caption.{name} = {value} is not {what}")
+
+
+def _check_engine(config: CaptionConfig, captioner: Captioner) -> None:
+    if config.ray_address and config.engine != "ray":
+        raise ConfigError(
+            f"caption.ray_address = {config.ray_address} says nothing to engine {config.engine}", "--engine ray"
+        )
+    if config.engine == "ray" and not (captioner.is_local or captioner.at or config.camera):
+        raise ConfigError(
+            f"caption.engine = ray says nothing to {captioner.about}, which looks at nothing", "leave it out"
+        )
 
 
 def _read(config: Config, request: CaptionRequest, captioner: Captioner, ledger: Ledger) -> None:
@@ -211,14 +225,25 @@ class _Run:
         if not todo:
             self.ledger.begin()
             return
-        devices = devices_for(self.config) if self.captioner.is_local else ["cpu"]
         clips = ((index, self.ledger.manifest[index]) for index in todo)
-        lanes = Lanes(self.captioner, devices, see(self.config.caption, self.captioner.at, clips))
-        self.num_lanes = lanes.num_lanes
-        with closing(lanes):
+        source = see(self.config.caption, self.captioner.at, clips)
+        with ExitStack() as stack:
+            if self.config.caption.engine == "ray":
+                lanes = self._on_ray(stack.enter_context(connected(self.config.caption.ray_address)), source)
+            else:
+                devices = devices_for(self.config) if self.captioner.is_local else ["cpu"]
+                lanes = Lanes(self.captioner, devices, source)
+            self.num_lanes = lanes.num_lanes
+            stack.enter_context(closing(lanes))
             lanes.start()
             self.ledger.begin()
             yield from self._follow(lanes, len(todo))
+
+    def _on_ray(self, library: Any, source: Iterator[Shown | Unseen | None]) -> Lanes:
+        if not self.captioner.is_local:
+            return Lanes(self.captioner, ["cpu"], source)
+        devices = devices_of(library, self.config)
+        return Lanes(self.captioner, devices, source, lambda device: RayLane(library, self.captioner, device))
 
     def _follow(self, lanes: Lanes, total: int) -> Iterator[Event]:
         ready_at, told = 0.0, 0.0
