@@ -26,6 +26,8 @@ _osora() {
         "sample --format") COMPREPLY=($(compgen -W 'mp4 gif webp png' -- "$current")); compopt +o default; return ;;
         "sample --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "sample --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
+        "sample --gpus") compopt +o default; return ;;
+        "sample --parallel") COMPREPLY=($(compgen -W 'sequence=2 data=2 cfg=2' -- "$current")); compopt +o default; return ;;
         "download --all-for") COMPREPLY=($(compgen -W 'sample train' -- "$current")); compopt +o default; return ;;
         "download --to") return ;;
         "download --from") compopt +o default; return ;;
@@ -57,6 +59,8 @@ _osora() {
         "split --output"|"split -o") return ;;
         "split --stats") return ;;
         "split --workers") compopt +o default; return ;;
+        "split --engine") COMPREPLY=($(compgen -W 'local ray' -- "$current")); compopt +o default; return ;;
+        "split --ray-address") compopt +o default; return ;;
         "split --shard") compopt +o default; return ;;
         "caption --model"|"caption -m") COMPREPLY=($(compgen -W 'tiny labels sidecars hf: openai:' -- "$current")); return ;;
         "caption --base-url") compopt +o default; return ;;
@@ -74,6 +78,8 @@ _osora() {
         "caption --batch-size") compopt +o default; return ;;
         "caption --gpus") compopt +o default; return ;;
         "caption --requests") compopt +o default; return ;;
+        "caption --engine") COMPREPLY=($(compgen -W 'local ray' -- "$current")); compopt +o default; return ;;
+        "caption --ray-address") compopt +o default; return ;;
         "caption --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "caption --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
         "train --data") COMPREPLY=($(compgen -W 'world' -- "$current")); compopt +o default; return ;;
@@ -98,11 +104,18 @@ _osora() {
         "train --write-manifest") return ;;
         "train --device") COMPREPLY=($(compgen -W 'auto cpu cuda mps' -- "$current")); compopt +o default; return ;;
         "train --dtype") COMPREPLY=($(compgen -W 'auto fp32 bf16 fp16' -- "$current")); compopt +o default; return ;;
+        "train --gpus") compopt +o default; return ;;
+        "train --nodes") compopt +o default; return ;;
+        "train --hostfile") return ;;
+        "train --max-restarts") compopt +o default; return ;;
+        "train --parallel") COMPREPLY=($(compgen -W 'sequence=2 data=2 cfg=2' -- "$current")); compopt +o default; return ;;
+        "train --engine") COMPREPLY=($(compgen -W 'torch colossalai' -- "$current")); compopt +o default; return ;;
         "bench --model"|"bench -m") COMPREPLY=($(compgen -W 'bundled opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms' -- "$current")); return ;;
         "bench --preset") COMPREPLY=($(compgen -W 'tiny 1x256x256 1x512x512 16x256x256 16x256x256-hq 16x512x512 64x512x512 dit-16x256x256 dit-16x256x256-2x2 dit-1x256x256 dit-1x256x256-class dit-1x512x512-class latte-16x256x256 latte-16x256x256-2x2 latte-16x256x256-class latte-1-16x512x512 pixart-1x512x512 pixart-1x256x256 pixart-1x1024-ms pixart-16x256x256' -- "$current")); compopt +o default; return ;;
         "bench --prompts") compopt +o default; return ;;
         "bench --seeds") compopt +o default; return ;;
         "bench --data") compopt +o default; return ;;
+        "bench --plan") COMPREPLY=($(compgen -W 'h100 h200 h800 a100 a100-25gbe' -- "$current")); compopt +o default; return ;;
         "bench --output"|"bench -o") return ;;
         "bench --config") return ;;
         "bench --set") compopt +o default; return ;;
@@ -111,12 +124,12 @@ _osora() {
     esac
     case "$verb" in
         '') words='sample download split caption train bench --version --help' ;;
-        'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --print-config --dry-run --json --debug --help' ;;
+        'sample') words='--prompt --prompt-file --num-samples --frames --size --fps --model --lora --preset --config --set --steps --guidance --sampler --seed --batch-size --output --format --overwrite --sheet --device --dtype --compile --offload --offline --gpus --parallel --print-config --dry-run --json --debug --help' ;;
         'download') words='data opensora-v1-16x256x256 opensora-v1-hq-16x256x256 opensora-v1-hq-16x512x512 dit-xl-2-256 dit-xl-2-512 latte-xl-2-ucf101 latte-1 pixart-256 pixart-sam-256 pixart-512 pixart-1024-ms sd-vae-ft-ema sd-vae-ft-mse t5-v1_1-xxl clip-vit-b-32 --all-for --list --verify --to --from --preset --metadata --query --min-height --limit --config --set --output --workers --max-rate --offline --dry-run --print-config --json --debug --help' ;;
-        'split') words='--detector --threshold --fast --boundaries --min-seconds --max-seconds --trim --fps --short-side --crop-black-bars --no-audio --audio --cut --codec --codec-preset --crf --fast-decode --no-filter --filter --only-filter --why --report --config --set --output --redo --preview --stats --workers --shard --dry-run --print-config --json --debug --help' ;;
-        'caption') words='--model --base-url --quantise --frames --layout --prompt --temperature --max-tokens --clean --camera --language --config --set --output --redo --retry-failed --preview --batch-size --gpus --requests --device --dtype --offline --dry-run --print-config --json --debug --help' ;;
-        'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --print-config --json --debug --help' ;;
-        'bench') words='world train data split --model --preset --quick --prompts --seeds --data --output --config --set --device --dtype --json --debug --help' ;;
+        'split') words='--detector --threshold --fast --boundaries --min-seconds --max-seconds --trim --fps --short-side --crop-black-bars --no-audio --audio --cut --codec --codec-preset --crf --fast-decode --no-filter --filter --only-filter --why --report --config --set --output --redo --preview --stats --workers --engine --ray-address --shard --dry-run --print-config --json --debug --help' ;;
+        'caption') words='--model --base-url --quantise --frames --layout --prompt --temperature --max-tokens --clean --camera --language --config --set --output --redo --retry-failed --preview --batch-size --gpus --requests --engine --ray-address --device --dtype --offline --dry-run --print-config --json --debug --help' ;;
+        'train') words='--data --cache --cache-only --max-rejects --stage --recipe --init --steps --batch-size --lr --lora-rank --seed --preset --config --set --output --resume --keep --export --dry-run --write-manifest --device --dtype --compile --gpus --nodes --hostfile --submit --max-restarts --parallel --engine --print-config --json --debug --help' ;;
+        'bench') words='world train data split scaling --model --preset --quick --prompts --seeds --data --plan --output --config --set --device --dtype --json --debug --help' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

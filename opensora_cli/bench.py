@@ -18,8 +18,9 @@ SUITE_NAMES = {
     "train": "how fast a preset trains, and where its time and memory go",
     "data": "how fast training reads clips, against reading whole files",
     "split": "how well and how fast shots are found, against PySceneDetect",
+    "scaling": "what several processes gain, or what a cluster would",
 }
-OWNERS = {"prompts": ("world",), "seeds": ("world",), "data": ("data", "split")}
+OWNERS = {"prompts": ("world",), "seeds": ("world",), "data": ("data", "split"), "plan": ("scaling",)}
 """Flags, and the suites that they are of."""
 
 SOME_SUITES = "Of some suites"
@@ -36,6 +37,8 @@ EXAMPLES = """
 [cyan]osora bench data --data clips/ --quick[/]
 
 [cyan]osora bench split --quick[/]
+
+[cyan]osora bench scaling --plan h100 --preset 64x512x512[/]
 """
 
 
@@ -86,6 +89,16 @@ def bench(
             rich_help_panel=SOME_SUITES,
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLUSTER",
+            help="scaling: tell how long a step takes on a cluster, by name or a TOML file; nothing is measured.",
+            autocompletion=lambda: ["h100", "h200", "h800", "a100", "a100-25gbe"],
+            show_default=False,
+            rich_help_panel=SOME_SUITES,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Also write the numbers as JSON.", rich_help_panel=OUTPUT),
@@ -100,7 +113,8 @@ def bench(
     """Measure, in one command, what the documentation claims."""
     if suite not in SUITE_NAMES:
         raise UsageError(f"unknown suite '{suite}'", nearest(suite, SUITE_NAMES))
-    given = {name: value for name, value in (("prompts", prompts), ("seeds", seeds), ("data", data)) if value}
+    words = {"prompts": prompts, "seeds": seeds, "data": data, "plan": plan}
+    given = {name: value for name, value in words.items() if value}
     for name, value in given.items():
         if suite not in OWNERS[name]:
             raise UsageError(
@@ -111,8 +125,8 @@ def bench(
     start, saved = options.base(preset, model)
     flags = {"model.weights": model, "runtime.device": device, "runtime.dtype": dtype}
     # larger batches than a user wants, unless one says otherwise: nobody waits for the first sample
-    words = ["sampling.batch_size=16", *(set_ or [])]
-    settings, _ = options.resolve(start, config, words, flags, saved)
+    changes = ["sampling.batch_size=16", *(set_ or [])]
+    settings, _ = options.resolve(start, config, changes, flags, saved)
 
     from opensora_core.bench import SUITES, Measurement, Notice
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from opensora_core.bench import data, split, train, world
+from opensora_core.bench import data, scaling, split, train, world
 from opensora_core.bench.measurement import Event, Measurement
 from opensora_core.sampling import Notice
 
@@ -15,5 +15,6 @@ SUITES: dict[str, Callable[..., Iterator[Event]]] = {
     "train": train.measure,
     "data": data.measure,
     "split": split.measure,
+    "scaling": scaling.measure,
 }
 """Each is called as `measure(config, *, quick, ...)`, where the dots are options of its own."""

@@ -53,6 +53,14 @@ SETTINGS: dict[str, dict[str, str]] = {
         )
     },
     "split": {},
+    "scaling": {
+        path: path
+        for path in (
+            *_SHAPE,
+            *("model.family", "model.hidden_size", "model.depth", "train.batch_size", "train.recompute"),
+            *("parallel.sequence", "parallel.sharding"),
+        )
+    },
 }
 """Per suite, the settings that its numbers depend on: what a report calls each, and its path."""
 
