@@ -6,7 +6,7 @@ check:
 	ruff check .
 	mypy
 	lint-imports
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: check
 	$(PYTHON) -m pytest -m "slow and not gpu and not network"

@@ -30,8 +30,7 @@ class Task:
 
     Attributes:
         name: of the part.
-        stays: attributes that `batch` does without, and that are not sent to the workers: weights may lie on a GPU or in
-            parts.
+        stays: attributes that `batch` does without and that workers do not get, as weights on a GPU or in parts.
         module: what is trained, averaged and saved.
         root: what the losses call: the module, or what holds it.
         called: the same, as the engine wants it to be called.

@@ -32,11 +32,11 @@ from opensora_core.training.loop import fit
 from opensora_core.training.task import Crew, Task, noise_at, step_seed
 from opensora_core.vae.patch import PatchVAE
 
-_SHORTENED = {"text": 0.6, "model": 0.3}
-"""The share of captions that words are left out of, by the part that learns from them.
+_SHORTENED = 0.6
+"""The share of captions, of those that the text encoder learns from, that words are left out of.
 
-A caption always says colour and shape, and some pairs of them never occur: who reads whole captions only learns to
-guess the one from the other, and reads, or draws, a pair that it never saw as one that it did.
+A caption always says colour and shape, and some pairs of them never occur: an encoder that reads whole captions only
+learns to guess the one from the other, and reads a pair that it never saw as one that it did.
 """
 
 
@@ -48,10 +48,10 @@ def _clips(seed: int, part: str, step: int, places: range) -> Iterator[tuple[wor
         yield world.draw_scene(rng, split="train"), rng
 
 
-def _caption(scene: world.Scene, rng: np.random.Generator, part: str) -> str:
-    """A caption of a scene, some with words left out; see `_SHORTENED`."""
+def _caption_in_part(scene: world.Scene, rng: np.random.Generator) -> str:
+    """A caption of a scene, most with words left out; see `_SHORTENED`."""
     text = world.caption(scene, rng)
-    if rng.random() >= _SHORTENED[part]:
+    if rng.random() >= _SHORTENED:
         return text
     kept = rng.uniform(0.2, 1)
     return " ".join(word for word in text.split(" ") if rng.random() < kept)
@@ -176,7 +176,7 @@ class TextTask(Task):
         texts: list[str] = []
         labels: dict[str, list[int]] = {name: [] for name in world.ATTRIBUTES}
         for scene, rng in _clips(self.seed, self.name, step, self.share.places(self.batch_size)):
-            texts.append(text := _caption(scene, rng, self.name))
+            texts.append(text := _caption_in_part(scene, rng))
             said = world.parse(text)
             for name, values in world.ATTRIBUTES.items():
                 labels[name].append(values.index(said[name]) if name in said else len(values))
@@ -270,7 +270,7 @@ class WorldTask(DenoiserTask):
         """Latents (B, C, T, h, w), drawn from the posterior, embedded captions, and names; made on the worker's CPU."""
         frames, captions, places = [], [], self.share.places(self.batch_size)
         for scene, rng in _clips(self.seed, self.name, step, places):
-            captions.append(_caption(scene, rng, self.name))
+            captions.append(world.caption(scene, rng))
             frames.append(world.render(scene, rng))
         with torch.no_grad():
             video = to_tensor(np.stack(frames))
