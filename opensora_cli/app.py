@@ -76,6 +76,7 @@ def run(words: Sequence[str]) -> int:
     # read here and not by typer, because how to report a word that typer cannot parse depends on them
     console.configure(as_json="--json" in words, debug="--debug" in words)
     signal.signal(signal.SIGTERM, _terminate)
+    launch.end_if_held(_terminate)
     try:
         spelled = options.spelled_out(words, train.BARE) if words[:1] == ["train"] else list(words)
         code = app(args=spelled, prog_name="osora", standalone_mode=False)

@@ -16,8 +16,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -44,6 +49,8 @@ __all__ = [
     "wished",
 ]
 
+
+HELD_SECONDS = 3.0  # that a main thread has to see a signal
 
 _is_watched = False
 
@@ -217,6 +224,30 @@ def as_rank(folder: Path) -> None:
         logs = _home(folder) / LOGS
         os.environ[LOGS_VARIABLE] = str(logs)
         _speak_into(logs)
+
+
+def end_if_held(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Let SIGTERM end this rank even where its main thread is held outside Python, such as by a peer that never comes.
+
+    Called by the main thread. Who handles the signal otherwise, to save a checkpoint first, is left to do so.
+
+    Args:
+        handler: of SIGTERM, which puts another in its place when it runs.
+    """
+    if is_started():
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_end_if_held, args=(reader, handler), daemon=True).start()
+
+
+def _end_if_held(reader: int, handler: Callable[[int, FrameType | None], None]) -> None:
+    while signal.SIGTERM not in os.read(reader, 1):
+        pass
+    time.sleep(HELD_SECONDS)
+    if signal.getsignal(signal.SIGTERM) is handler:
+        console.failure = "terminated", ()
+        leave_rank(128 + signal.SIGTERM)
 
 
 def leave_rank(code: int) -> None:

@@ -37,8 +37,11 @@ NEEDED_HERE = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TMPDIR", "S
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below those that systems hand out by themselves
 SHUTDOWN_SECONDS = 120  # that a checkpoint may take when the run is asked to stop
 
-LIFELINE = "exec 3<&0; { cat <&3 >/dev/null 2>&1; kill $$ 2>/dev/null; } & exec 3<&-; "
-"""Ends a command on another machine when the connection does: nothing else would tell it."""
+LIFELINE = "exec 3<&0; { cat <&3; kill $$; } >/dev/null 2>&1 & exec 3<&-; "
+"""Ends a command on another machine when the connection does: nothing else would tell it.
+
+The connection ends in turn when nobody speaks into it any more, so what waits here must not hold its other end.
+"""
 
 
 @dataclass(frozen=True)

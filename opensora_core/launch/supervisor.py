@@ -181,14 +181,16 @@ class Supervisor:
         own = [record for record in failed if not record.ranks and record.code not in (INTERRUPTED, TERMINATED)]
         stopped = [record for record in failed if record.code in (INTERRUPTED, TERMINATED)]
         # who is blamed by others comes before who has merely left no word: that may have been killed with the rest
-        suspects = sorted(killed, key=lambda record: record.rank not in blamed) if not own else []
+        suspects = sorted(killed, key=lambda record: (record.rank not in blamed, not self._signal_of(record)))
         if own:
             first = own[0]
             return self._ended(first, first.code or 1, first.message)
-        if suspects and not (stopped and not blamed):
+        # torchrun asks the others to stop when one was killed, and what they leave looks as if all had been asked to
+        if suspects and (blamed or not stopped or self._signal_of(suspects[0])):
             first = suspects[0]
             told = next((record.message for record in failed if first.rank in record.ranks), "")
-            reason = f"rank {first.rank} ({first.host}, pid {first.pid}) {self._manner(first)}"
+            manner = self._signal_of(first) or "ended without a word"
+            reason = f"rank {first.rank} ({first.host}, pid {first.pid}) {manner}"
             seen = told.partition("; ")[2]  # where others last saw it
             return self._ended(first, 1, f"{reason}; {seen}" if seen else reason)
         if failed and len(failed) == len(stopped):
@@ -223,12 +225,13 @@ class Supervisor:
         told = record.rank == 0 and record.code is not None
         return Ended(code, record.rank, reason, log, records.tail(log), told)
 
-    def _manner(self, record: Record) -> str:
+    def _signal_of(self, record: Record) -> str:
+        """What ended a process, where torchrun saw that it was a signal; else nothing."""
         for log in self._logs.glob("launcher*.log"):
             for code, pid in EXITED.findall(log.read_text(encoding="utf-8", errors="replace")):
                 if int(pid) == record.pid and int(code) < 0:
                     return f"was ended by {signal.Signals(-int(code)).name}"
-        return "ended without a word"
+        return ""
 
 
 def end_with_parent() -> None:

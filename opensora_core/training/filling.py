@@ -21,8 +21,7 @@ from opensora_core.data.keys import caption_key, fingerprint
 from opensora_core.data.order import Share
 from opensora_core.errors import InputError
 from opensora_core.parallel import Mesh
-from opensora_core.parallel.agreement import agreed, by_first, gathered
-from opensora_core.parallel.objects import patient
+from opensora_core.parallel.agreement import agreed, by_first, gathered, patient
 from opensora_core.training.clips import Rejects
 from opensora_core.training.corpus import Corpus
 from opensora_core.training.encoders import Encoders

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,27 @@ def test_a_rank_starts_no_others_and_shares_its_folder(
     assert "torchrun has started" in capsys.readouterr().err
     assert typed("train --data x --dry-run", monkeypatch) == 2
     assert "--output" in capsys.readouterr().err
+
+
+HELD = """
+import ctypes, os, signal, threading
+from opensora_cli import launch
+launch.HELD_SECONDS = 0.1
+def handler(*_): raise SystemExit(7)
+signal.signal(signal.SIGTERM, handler)
+launch.end_if_held(handler)
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+lock = (ctypes.c_char * 64)()
+held = ctypes.CDLL(None).pthread_mutex_lock
+held(lock), held(lock)
+"""
+
+
+def test_a_rank_whose_main_thread_is_held_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "OSORA_LOGS": str(tmp_path)}
+    held = subprocess.run([sys.executable, "-c", HELD], env=environment, timeout=60, check=False)
+    assert held.returncode == 143
+    assert json.loads((tmp_path / "rank-1.json").read_text())["message"] == "terminated"
 
 
 def test_axes_are_settings() -> None:

@@ -163,6 +163,10 @@ def test_what_ssh_runs_reaches_its_words_whole_and_ends_with_the_connection(tmp_
     assert shell.poll() is None
     shell.stdin.close()
     assert shell.wait(20) != 0
+    script.write_text("#!/bin/sh\necho done\n")
+    done = subprocess.Popen(["sh", "-c", remote], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert done.stdout is not None and done.stdout.read() == "done\n", "nobody else holds the connection"
+    assert done.wait(20) == 0
     assert (logs / "launcher-0.log").read_text() == "noise\n" and (tmp_path / "terminal").read_text() == "rank 0"
 
 

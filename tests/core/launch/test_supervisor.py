@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_a_killed_rank_is_named_and_nobody_is_left(tmp_path: Path) -> None:
     assert re.fullmatch(r"rank 1 \(.*, pid \d+\) was ended by SIGKILL.*", ended.reason), ended.reason
     assert "rank 1" in (tmp_path / "logs" / "rank-0.log").read_text(), "the other one knows why it ended"
     assert ended.tail[-1].startswith("stepped") and none_left(tmp_path, 0)
+
+
+def test_who_was_killed_is_to_blame_though_torchrun_asked_the_others_to_stop(tmp_path: Path) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    records._write(tmp_path, replace(records._own(0), pid=child.pid))
+    records._write(tmp_path, replace(records._own(1), code=143, at=2.0, message="terminated"))
+    plan = planned("none", tmp_path)(0)
+    judge = Supervisor(lambda _: plan, tmp_path)._judge
+    assert judge(plan, [1]).reason.endswith("got SIGTERM") and judge(plan, [1]).code == 143
+    (tmp_path / "launcher.log").write_text(f"failed (exitcode: -9) local_rank: 0 (pid: {child.pid}) of binary\n")
+    ended = judge(plan, [1])
+    assert (ended.code, ended.rank) == (1, 0) and ended.reason.endswith("was ended by SIGKILL")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -216,10 +217,18 @@ def test_four_processes_share_halves_and_frames(folder, tmp_path):
 # what goes wrong ------------------------------------------------------------------------------------------------------
 
 
+def _type(output: Path) -> int:
+    """Run the command in this process, as one of those that a launcher has started."""
+    with output.with_suffix(f".{os.environ['RANK']}").open("w") as out, contextlib.redirect_stdout(out):
+        words = ["sample", "--device", "cpu", *SMALL, *SEVERAL, "--parallel", "data=2", "--sheet", "--json"]
+        return app.run([*words, "--output", str(output)])
+
+
 def _draw_and_fail(runs: Any, folder: Path, root: Path) -> tuple[list[Outcome], str, str, str]:
     """Draw; be asked for different things; find no space in the second process. Returns the errors, of each its own."""
     outcomes = _run_layouts(runs)
     rank = os.environ["RANK"]
+    assert _type(root / "typed") == 0
     try:
         _draw(folder, root / "odd", {}, prompts=PROMPTS[int(rank) :])
     except OsoraError as error:
@@ -328,6 +337,16 @@ SMALL = ("--steps", "2", "--frames", "4", "--size", "32x32")
 SEVERAL = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
 
 
+def test_the_first_process_of_a_command_speaks_and_the_others_have_logs(two_processes):
+    _, root = two_processes
+    events = [json.loads(line) for line in (root / "typed.0").read_text().splitlines()]
+    assert [Path(event["path"]).name for event in events if event["event"] == "saved"] == _records(root / "typed")
+    assert [event["event"] for event in events][-3:] == ["sheet", "gallery", "done"]
+    log = (root / "typed" / "logs" / "rank-1.log").read_text()
+    assert "saved" not in log + (root / "typed.1").read_text()
+
+
+@pytest.mark.slow
 def test_the_command_runs_under_torchrun(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1")
     torchrun = (*torchrun, f"--master-port={_free_port()}")

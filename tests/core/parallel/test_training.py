@@ -162,6 +162,7 @@ def test_whatever_a_run_does_its_numbers_are_those_of_one_process(tried: Tried, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # compiles, and starts workers that import torch
 def test_more_of_it_is_as_one_process_does_it(tried_more: Tried) -> None:
     _, out, _ = tried_more
     for name in MORE_SHARDINGS:
@@ -203,6 +204,7 @@ def test_looks_on_the_way_see_what_one_process_sees(tried: Tried) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_an_adapter_of_two_processes_is_that_of_one(tried_more: Tried) -> None:
     _, out, _ = tried_more
     files = [
