@@ -87,8 +87,16 @@ class Recorder:
     interrupted: bool = False
 
     def plan(
-        self, config: Config, prompts: list[str], output: Path | None, format: str | None, overwrite: bool
+        self,
+        config: Config,
+        prompts: list[str],
+        output: Path | None,
+        format: str | None,
+        overwrite: bool,
+        *,
+        processes: int,
     ) -> Plan:
+        assert processes == 0
         self.config, self.prompts = config, prompts
         self.options = {"output": output, "format": format, "overwrite": overwrite}
         requests = [Request(text, Path(f"samples/{index}.mp4"), 42) for index, text in enumerate(prompts)]

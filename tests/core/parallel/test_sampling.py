@@ -140,9 +140,12 @@ def drawn(two_processes: Any, folder: Path) -> dict[str, tuple[list[Outcome], Pa
     """Every layout on two processes; and what one process draws, as `STDiT`, `DiT` and `short`."""
     ranks, root = two_processes
     found = {name: ([rank[0][number] for rank in ranks], root / name) for number, name in enumerate(LAYOUTS)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two has: sums of several come in another order
     found["STDiT"] = [_draw(folder, root / "STDiT", {"sampling.batch_size": 2}, sheet=True)], root / "STDiT"
     found["DiT"] = [_draw(None, root / "DiT", {})], root / "DiT"
     found["short"] = [_draw(folder, root / "short", {"video.num_frames": 2})], root / "short"
+    torch.set_num_threads(threads)
     return found
 
 
