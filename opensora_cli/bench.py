@@ -17,7 +17,7 @@ SUITE_NAMES = {
     "world": "how well the model that ships follows its prompts",
     "train": "how fast a preset trains, and where its time and memory go",
     "data": "how fast training reads clips, against reading whole files",
-    "split": "how well and how fast shots are found, against PySceneDetect",
+    "split": "how well and how fast shots are found and cut out, against PySceneDetect",
     "scaling": "what several processes gain, or what a cluster would",
 }
 OWNERS = {"prompts": ("world",), "seeds": ("world",), "data": ("data", "split"), "plan": ("scaling",)}

@@ -1,4 +1,4 @@
-"""How well and how fast shot boundaries are found, against PySceneDetect's detectors and against decoding alone."""
+"""How well and how fast shots are found, against PySceneDetect and decoding alone, and how fast they are cut out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from opensora_core.bench.joined import WIPES, Frames, Label, Reel
 from opensora_core.bench.measurement import Event, Measurement
-from opensora_core.config import Config
-from opensora_core.curation.boundaries import Boundary, detect
+from opensora_core.config import Config, SplitConfig
+from opensora_core.curation.boundaries import Boundary, Detection, detect
+from opensora_core.curation.scenes import choose_ranges, last_end
 from opensora_core.errors import InputError
 from opensora_core.media import write_video
+from opensora_core.media.cut import Cut, Encoding, How, Piece, cut
 from opensora_core.media.glance import count_frames
 from opensora_core.sampling import Notice, Progress
 
@@ -29,6 +31,7 @@ WAYS: dict[str, tuple[str, bool]] = {
     "adaptive": ("adaptive", False),
 }
 """Name -> detector of `DETECTORS`, and whether it looks at keyframes first."""
+CUTS: tuple[How, ...] = ("copy", "smart", "exact")
 RIVAL = "PySceneDetect reading by itself"
 GRADUAL = ("dissolve", "fade", "wipe")
 
@@ -87,7 +90,7 @@ def _within(item: Boundary, label: Label) -> bool:
 
 
 def measure(config: Config, *, quick: bool = False, source: Path | None = None) -> Iterator[Event]:
-    """Measure accuracy and CPU time of the detectors.
+    """Measure accuracy and CPU time of the detectors, and CPU time of the ways to cut.
 
     Args:
         config: not asked.
@@ -122,6 +125,7 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
             begin = time.process_time()
             scenedetect.detect(str(path), scenedetect.ContentDetector())
             spent[RIVAL] += time.process_time() - begin
+        yield from _cutting(list(videos), rounds=1 if quick else 2)
         for name, count in counts.items():
             yield from _report(name, count)
             share = spent[name] / spent["decoding alone"]
@@ -129,6 +133,54 @@ def measure(config: Config, *, quick: bool = False, source: Path | None = None) 
         for name in ("content", "adaptive", RIVAL):
             yield Measurement("auto", f"CPU time against {name}", spent["auto"] / spent[name], "x", num_frames)
         yield Measurement("auto --fast", "times as fast as auto", spent["auto"] / spent["auto --fast"], "x", num_frames)
+
+
+def _cutting(paths: Sequence[Path], rounds: int) -> Iterator[Event]:
+    """The ways to cut in turns over the same clips, each with detection, against detection alone."""
+    spent = dict.fromkeys(["detection", *CUTS], 0.0)
+    copied, written = dict.fromkeys(CUTS, 0), dict.fromkeys(CUTS, 0)
+    for number, path in enumerate(paths):
+        yield Progress("cutting", number, len(paths), None)
+        taken: dict[str, list[float]] = {name: [] for name in spent}
+        for last in range(rounds, 0, -1):
+            begin = time.process_time()
+            found = detect(path)
+            taken["detection"].append(time.process_time() - begin)
+            for how in CUTS:
+                with tempfile.TemporaryDirectory() as folder:
+                    begin = time.process_time()
+                    clips = _cut(path, found, how, Path(folder))
+                    taken[how].append(time.process_time() - begin)
+                if last == 1:
+                    copied[how] += sum(clip.num_copied for clip in clips)
+                    written[how] += sum(clip.num_frames for clip in clips)
+        for name, times in taken.items():
+            spent[name] += min(times)
+    for how in CUTS:
+        share = 1 + spent[how] / spent["detection"]
+        yield Measurement(f"cut {how}", "CPU time against detection alone", share, "x", written[how])
+        yield Measurement(f"cut {how}", "frames copied", copied[how] / max(written["exact"], 1), "", written["exact"])
+
+
+def _cut(path: Path, found: Detection, how: How, folder: Path) -> list[Cut]:
+    """The clips of a source, as `osora split` cuts them by default, but for their size."""
+    end = last_end(found.seconds, found.fps)
+    times = [*map(float, found.seconds), end]
+    ranges, _ = choose_ranges(
+        found.boundaries,
+        found.seconds,
+        end,
+        min_seconds=SplitConfig.min_seconds,
+        max_seconds=SplitConfig.max_seconds,
+        keyframes=None if how == "exact" else found.is_keyframe,
+    )
+    pieces = [
+        Piece(folder / f"{number}.mp4", item.start, item.end, times[item.start], times[item.end])
+        for number, item in enumerate(ranges)
+    ]
+    encoding = Encoding(short_side=None)
+    made = cut(path, pieces, found.seconds, how, encoding, is_decoded=not found.damage)
+    return [clip for clip in made if isinstance(clip, Cut)]
 
 
 def _report(name: str, count: Count) -> Iterator[Measurement]:

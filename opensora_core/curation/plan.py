@@ -20,7 +20,7 @@ from opensora_core.errors import ConfigError, InputError, UsageError, nearest
 from opensora_core.files import sha256
 from opensora_core.media.encoding import settled
 
-VERSION = 1
+VERSION = 2
 """Of what a source becomes with the same settings. A higher one makes finished sources be done again."""
 
 _FINISHED = ("ok", "damaged")

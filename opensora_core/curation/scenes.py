@@ -20,6 +20,7 @@ TRIMMED = "trimmed"
 
 _SLACK = 1e-6  # seconds; times of frames are sums of fractions
 _ANCHORS = 16  # keyframes in the longest share that are thought of, where every frame is one
+_BEYOND = 3  # keyframes that are thought of beyond the longest share, with other beginnings between
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,27 +195,39 @@ def _at_keyframes(
 
     def cost(cuts: list[int]) -> tuple[int, int, float]:
         late = sum(min(int(following[first - start]), last) - first for first, last in pairwise(cuts))
-        return late, len(cuts), sum(float(times[last] - times[first]) ** 2 for first, last in pairwise(cuts))
+        return late, len(cuts) - 1, sum(float(times[last] - times[first]) ** 2 for first, last in pairwise(cuts))
 
-    best: list[tuple[tuple[int, int, float], list[int]] | None] = [((0, 0, 0.0), [start]), *[None] * (len(anchors) - 1)]
+    at_most = cost(shares)[0]
+    if at_most == 0:
+        return shares
+    best: list[tuple[tuple[int, int, float], int, list[int]] | None] = [((0, 0, 0.0), 0, [])]
+    best += [None] * (len(anchors) - 1)
     for number, first in enumerate(anchors[:-1]):
         reached = best[number]
         if reached is None:
             continue
-        so_far, way = reached
+        so_far, num_beyond = reached[0], 0
         for other in range(number + 1, len(anchors)):
-            last = anchors[other]
-            leg = _leg(times, (first, last), lengths, is_keyframe=bool(keyframes[first]))
+            leg = _leg(times, (first, anchors[other]), lengths, is_keyframe=bool(keyframes[first]))
             if leg is not None:
                 late, count, square = cost(leg)
-                total = so_far[0] + late, so_far[1] + count - 1, so_far[2] + square
+                total = so_far[0] + late, so_far[1] + count, so_far[2] + square
                 known = best[other]
                 if known is None or total < known[0]:
-                    best[other] = total, [*way, *leg[1:]]
-            if times[last] - times[first] > 2 * max_seconds:
+                    best[other] = total, number, leg
+            num_beyond += times[anchors[other]] - times[first] > max_seconds
+            if num_beyond == _BEYOND:
                 break
-    chosen = best[-1]
-    return shares if chosen is None or cost(shares)[0] <= chosen[0][0] else chosen[1]
+    return _retraced(best, shares) if (last := best[-1]) and last[0][0] < at_most else shares
+
+
+def _retraced(best: list[tuple[tuple[int, int, float], int, list[int]] | None], shares: list[int]) -> list[int]:
+    """Where the shares begin that lead to the last anchor, and its end."""
+    cuts, number = [shares[-1]], len(best) - 1
+    while number > 0 and (step := best[number]) is not None:
+        _, number, leg = step
+        cuts += reversed(leg[:-1])
+    return cuts[::-1]
 
 
 def _leg(
@@ -223,11 +236,13 @@ def _leg(
     """The fewest shares between two keyframes, the first of them as long as may be if it is the one that has one."""
     (start, end), (min_seconds, max_seconds) = span, lengths
     length = float(times[end] - times[start])
-    count = max(1, math.ceil((length - _SLACK) / max_seconds))
+    if length <= max_seconds + _SLACK:
+        return [start, end] if length >= min_seconds - _SLACK else None
+    count = math.ceil((length - _SLACK) / max_seconds)
     if count > end - start:
         return None
     cuts = _even(times, start, end, count)
-    if is_keyframe and count > 1:
+    if is_keyframe:
         most = times[start] + min(max_seconds, length - (count - 1) * min_seconds) + _SLACK
         lead = int(np.searchsorted(times, most, "right")) - 1
         if start < lead <= end - (count - 1):

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from opensora_core.errors import InputError
 from opensora_core.files import replacing, require_space
+from opensora_core.media.entries import ParameterSets, is_entry
 from opensora_core.media.exact import Source
-from opensora_core.media.packets import packets_from, prefix_bytes, units_of
+from opensora_core.media.packets import packets_from, prefix_bytes
 from opensora_core.media.pieces import Cut, Encoding, Piece
 from opensora_core.media.piecework import Event, Job, Patience, Work, carried_out, checked, clip_container, ticks_of
 from opensora_core.media.proof import Proof
@@ -48,6 +49,7 @@ class Index:
     frames: list[int]  # their numbers, or LOST or HIDDEN
     positions: NDArray[np.int64]  # (N,) of the packet of each frame; -1 where there is none
     entries: list[int]  # positions of keyframes that decoding can begin at
+    strange: list[int]  # positions of packets that bring parameter sets which the header has not
 
     def stretch(self, piece: Piece) -> Stretch | None:
         """The longest run of packets that begins at a keyframe and gives frames of the piece without a gap."""
@@ -99,7 +101,7 @@ def indexed(source: Source) -> Index:
     Raises:
         InputError: its packets do not say which frame they hold.
     """
-    index = Index([], [], [], np.full(len(source.seconds), -1, np.int64), [])
+    index = Index([], [], [], np.full(len(source.seconds), -1, np.int64), [], [])
     patience = Patience(source.path, source.limits)
     with opened(source.path, source.limits.max_pixels) as (container, stream):
         base = stream.time_base
@@ -110,17 +112,21 @@ def indexed(source: Source) -> Index:
         ticks = np.round(source.seconds / float(base)).astype(np.int64).tolist()
         numbers = {tick: number for number, tick in enumerate(ticks)}
         length_bytes = prefix_bytes(codec, stream.codec_context.extradata)
+        sets = ParameterSets(codec, stream.codec_context.extradata, length_bytes)
         for position, packet in enumerate(packets_from(container, stream, float("-inf"))):
             patience.check(position + 1)
             if packet.pts is None:
                 raise InputError("its packets do not say when their frames are shown")
+            is_told = sets.follow(packet)
+            if sets.is_strange:
+                index.strange.append(position)
             hidden = codec == "vp8" and not memoryview(packet)[0] >> 4 & 1
             frame = HIDDEN if hidden else LOST if packet.is_discard else numbers.get(packet.pts, LOST)
             if frame >= 0:
                 if index.positions[frame] >= 0:
                     raise InputError("two of its packets hold one frame")
                 index.positions[frame] = position
-                if packet.is_keyframe and _is_entry(packet, codec, length_bytes):
+                if packet.is_keyframe and is_told and is_entry(packet, codec, length_bytes):
                     index.entries.append(position)
             index.pts.append(packet.pts)
             index.sizes.append(packet.size)
@@ -129,15 +135,6 @@ def indexed(source: Source) -> Index:
     if reorders and len(index.pts) > 1 and index.pts == sorted(index.pts):
         raise InputError("its packets do not say when their frames are shown")
     return index
-
-
-def _is_entry(packet: Packet[VideoStream], codec: str, length_bytes: int) -> bool:
-    """Whether what follows a keyframe, and is shown after it, refers to nothing before it."""
-    if codec == "h264":  # other I pictures may stand amid a refresh that takes many frames
-        return any(unit[0] & 31 == 5 for unit in units_of(packet, length_bytes) if unit)
-    if codec == "hevc":
-        return any(16 <= unit[0] >> 1 & 63 <= 21 for unit in units_of(packet, length_bytes) if unit)
-    return True
 
 
 def copied(
@@ -183,7 +180,7 @@ def require_same(index: Index, position: int, packet: Packet[VideoStream]) -> No
     Raises:
         InputError: the file changed.
     """
-    if position >= len(index.pts) or packet.pts != index.pts[position]:
+    if position >= len(index.pts) or (packet.pts, packet.size) != (index.pts[position], index.sizes[position]):
         raise InputError("the file reads differently the second time")
 
 

@@ -40,7 +40,7 @@ from opensora_core.media.read import Limits, opened
 from opensora_core.media.soundtrack import Soundtrack
 from opensora_core.media.splicing import spliced
 
-__all__ = ["Cut", "Encoding", "Failure", "Piece", "cut"]
+__all__ = ["Cut", "Encoding", "Failure", "How", "Piece", "cut"]
 
 How = Literal["exact", "copy", "smart"]
 _LIMITS = Limits()

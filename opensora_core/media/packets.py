@@ -207,6 +207,12 @@ def whole_units(data: bytes, length_bytes: int) -> Iterator[bytes]:
         place += length_bytes + max(length, 1)
 
 
+def is_droppable(packet: Packet[VideoStream], codec: str, length_bytes: int) -> bool:
+    """Whether no other picture refers to this one, as far as its header tells by itself."""
+    _, droppable, layer = _HEADERS.get(codec, _unknown_header)(packet, length_bytes)
+    return droppable and not layer
+
+
 def units_of(packet: Packet[VideoStream], length_bytes: int) -> Iterator[bytes]:
     """The first two bytes of each unit of an H.264 or HEVC packet."""
     data = bytes(packet)

@@ -22,8 +22,9 @@ from opensora_core.files import replacing
 from opensora_core.media.copying import Index, PacketWriter, Stretch, copy_job, indexed, refused, require_same
 from opensora_core.media.decoding import Decoder
 from opensora_core.media.encoding import REPEATABLE_X264, prepare
+from opensora_core.media.entries import header_sets
 from opensora_core.media.exact import Source, encoded
-from opensora_core.media.packets import DamageError, packets_from, prefix_bytes, whole_units
+from opensora_core.media.packets import DamageError, is_droppable, packets_from, prefix_bytes, whole_units
 from opensora_core.media.pieces import Cut, Encoding, Piece
 from opensora_core.media.piecework import Event, Job, Patience, Work, carried_out, checked, clip_container, ticks_of
 from opensora_core.media.soundtrack import Soundtrack
@@ -32,6 +33,7 @@ _EIGHT_BITS = ("yuv420p", "yuvj420p")
 _PROGRESSIVE = (0, 1)
 _SLICES = (1, 5)
 _SPS, _PPS = 7, 8
+_LACKING = "its frames do not decode as they did before"
 _PROFILES = {66: "baseline", 77: "main"}  # by their numbers; "high" otherwise
 
 
@@ -96,19 +98,6 @@ class _Twin:
         """An encoder for consecutive frames, the first of which becomes a keyframe."""
         return _Run(self._encoder(), self._length_bytes, self._source.base)
 
-    def require_own_sets(self, packet: Packet[VideoStream]) -> None:
-        """Check that a keyframe uses the parameter sets of the header.
-
-        Raises:
-            InputError: it brings others.
-        """
-        data = bytes(packet)
-        units = whole_units(data, self._length_bytes)
-        others = [unit for unit in units if unit[0] & 31 in (_SPS, _PPS)]
-        known = {*self._sets.sequence, *self._sets.picture}
-        if packet.has_sidedata("new_extradata") or any(unit not in known for unit in others):
-            raise InputError("its parameter sets change on the way")
-
 
 class _Run:
     """Encodes consecutive frames into packets like the source's."""
@@ -120,11 +109,13 @@ class _Run:
         """Packets that are ready once another frame is there.
 
         Raises:
-            InputError: it is not of the source's size or format.
+            InputError: it is not of the source's size or format, or has two fields.
         """
         encoder = self._encoder
         if (frame.height, frame.width, frame.format.name) != (encoder.height, encoder.width, encoder.pix_fmt):
             raise InputError("its frames change their size or format")
+        if frame.interlaced_frame:
+            raise InputError("its frames have two fields")
         frame.pts, frame.time_base, frame.pict_type = tick, self._base, 0
         yield from map(self._framed, encoder.encode(frame))
 
@@ -145,18 +136,7 @@ class _Run:
 
 
 def _sets(extradata: bytes) -> _Sets:
-    units: list[bytes] = []
-    if extradata[:1] == b"\1":
-        place = 5
-        for mask in (31, 255):
-            count = extradata[place] & mask
-            place += 1
-            for _ in range(count):
-                length = int.from_bytes(extradata[place : place + 2], "big")
-                units.append(extradata[place + 2 : place + 2 + length])
-                place += 2 + length
-    else:
-        units = list(whole_units(extradata, 0))
+    units = header_sets("h264", extradata)
     return _Sets([unit for unit in units if unit[0] & 31 == _SPS], [unit for unit in units if unit[0] & 31 == _PPS])
 
 
@@ -213,6 +193,10 @@ def spliced(
                 jobs.append(copy_job(copying, index, piece, stretch, audio))
                 continue
             numbers = list(range(piece.start_frame, piece.end_frame))
+            if index.strange and index.strange[0] <= index.positions[numbers].max():
+                # a decoder that passes packets over would miss them, and a clip has the header's
+                yield from refused([piece], "its parameter sets change on the way")
+                continue
             if stretch is not None:
                 numbers = [number for number in numbers if not stretch.start <= number < stretch.end]
             first = index.entries[0] if index.entries else len(index.pts)
@@ -253,19 +237,27 @@ def _events(
     numbers = {pts: number for pts, number in zip(index.pts, index.frames, strict=True) if number >= 0}
     chosen = set(wanted)
     patience = Patience(source.path, source.limits)
-    decoder, last = Decoder(source.stream, threads, patience), -1
+    codec = source.stream.codec_context.name
+    length_bytes = prefix_bytes(codec, source.stream.codec_context.extradata)
+    decoder, last, is_sound = Decoder(source.stream, threads, patience), -1, True
     for position, packet in enumerate(packets_from(container, source.stream, float("-inf"))):
         require_same(index, position, packet)
         patience.renew()
-        last = until.get(position, last)
-        if position <= last:
+        if position in until:
+            last, is_sound = until[position], True
+        # what no other refers to is passed over; but what stands in for a lost picture may come of any other
+        if position <= last and not (
+            source.is_decoded and index.frames[position] not in chosen and is_droppable(packet, codec, length_bytes)
+        ):
             for step in (packet, None) if position == last else (packet,):
                 try:
                     frames = decoder.feed(step)
-                except DamageError:  # who needs the frame will miss it
+                except DamageError:  # who needs the frame, or one that refers to it, will miss it
+                    is_sound = False
                     continue
                 for frame in frames:
-                    number = numbers.get(frame.pts, -1) if frame.pts is not None and not frame.is_corrupt else -1
+                    is_sound &= frame.pts is not None and not frame.is_corrupt
+                    number = numbers.get(frame.pts, -1) if frame.pts is not None and is_sound else -1
                     if number in chosen:
                         yield number, -1, frame
             if position == last:
@@ -302,12 +294,12 @@ def _splice(source: Source, index: Index, piece: Piece, stretch: Stretch, twin: 
                 encoder = None if run is taken else twin.run()
                 for number in run:
                     if encoder is None:
-                        assert isinstance(payload, Packet)
-                        if payload.is_keyframe:
-                            twin.require_own_sets(payload)
+                        if not isinstance(payload, Packet):
+                            raise InputError(_LACKING)
                         writer.copy(payload)
                     else:
-                        assert isinstance(payload, VideoFrame)
+                        if not isinstance(payload, VideoFrame):
+                            raise InputError(_LACKING)
                         for packet in encoder.encode(payload, ticks[number - piece.start_frame]):
                             writer.copy(packet)
                     left -= 1

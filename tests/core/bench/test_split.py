@@ -36,6 +36,9 @@ def test_the_drawn_set_is_measured() -> None:
     assert found["auto", "F1 of hard cuts"] == 1
     assert found["auto", "flashes taken for boundaries"] == 0
     assert found["auto", "CPU time against content"] > 0
+    spent = {how: found[f"cut {how}", "CPU time against detection alone"] for how in ("copy", "smart", "exact")}
+    assert 1 < spent["copy"] < spent["smart"] < 1.2 * spent["exact"]
+    assert found["cut exact", "frames copied"] == 0 < found["cut smart", "frames copied"] <= 1
 
 
 def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:

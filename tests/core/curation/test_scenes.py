@@ -77,15 +77,36 @@ def test_a_frame_that_is_shown_for_longer_than_a_clip_may_be_is_a_clip() -> None
     assert gaps == []
 
 
-def test_copies_are_parted_at_keyframes_where_lengths_allow() -> None:
-    keyframes = np.zeros(250, np.bool_)
-    keyframes[[0, 90, 160]] = True
-    even, _ = choose([], 240)
-    parted, _ = choose_ranges([], np.arange(240) / 25, 9.6, min_seconds=1, max_seconds=6, keyframes=keyframes[:240])
-    assert [item.start for item in even] == [0, 120]
-    assert [item.start for item in parted] == [0, 90]
-    far, _ = choose_ranges([], np.arange(240) / 25, 9.6, min_seconds=1, max_seconds=5, keyframes=keyframes[:240])
-    assert [item.start for item in far] == [0, 120], "no keyframe is near enough"
+def at(num_frames: int, *places: int) -> np.ndarray:
+    keyframes = np.zeros(num_frames, np.bool_)
+    keyframes[list(places)] = True
+    return keyframes
+
+
+@pytest.mark.parametrize(
+    ("places", "longest", "starts"),
+    [
+        ((0, 90, 160), 6.0, [0, 90]),
+        ((0, 90, 160), 5.0, [0, 90, 160]),  # a share more, and no frame before its keyframe
+        ((0, 30, 60, 90, 120, 150, 180, 210), 5.0, [0, 120]),  # as even and as few as with none
+        ((0,), 5.0, [0, 125]),  # a group that is too long: what begins without a keyframe is short
+        ((0, 190), 4.0, [0, 100, 170]),  # as many before a keyframe as if it began at 190, and more even
+        ((), 5.0, [0, 120]),
+        ((20, 236), 5.0, [0, 120]),  # neither a clip below the least length, nor one above the longest
+    ],
+)
+def test_long_scenes_of_copies_are_parted_at_keyframes_where_lengths_allow(
+    places: tuple[int, ...], longest: float, starts: list[int]
+) -> None:
+    ranges, gaps = choose([], 240, max_seconds=longest, keyframes=at(240, *places))
+    assert [item.start for item in ranges] == starts
+    assert [item.end for item in ranges] == [*starts[1:], 240] and gaps == []
+
+
+def test_very_many_keyframes_cost_little() -> None:
+    ranges, gaps = choose([], 20_000, keyframes=np.arange(20_000) % 3 == 0)
+    assert max(item.end - item.start for item in ranges) <= 125 and len(ranges) <= 175 and gaps == []
+    assert all(item.start % 3 == 0 for item in ranges)
 
 
 def test_spans_from_elsewhere_may_overlap_or_leave_the_file() -> None:
@@ -99,6 +120,11 @@ def test_spans_from_elsewhere_may_overlap_or_leave_the_file() -> None:
 )
 def test_the_last_frame_lasts_as_long_as_the_others(seconds: list[float], fps: float, end: float) -> None:
     assert last_end(np.array(seconds), fps) == pytest.approx(end)
+
+
+def late(ranges: list[Range], keyframes: np.ndarray) -> int:
+    """Frames that come before the first keyframe of their range."""
+    return sum(int((~np.logical_or.accumulate(keyframes[item.start : item.end])).sum()) for item in ranges)
 
 
 @settings(max_examples=300, deadline=None)
@@ -126,6 +152,13 @@ def test_every_frame_is_in_one_range_or_one_gap(data: st.DataObject) -> None:
     assert [part for first, last in parts for part in range(first, last)] == list(range(len(seconds)))
     assert all(first < last for first, last in parts)
     times = np.append(seconds, end)
+    plain, same = (
+        choose_ranges(boundaries, seconds, end, min_seconds=shortest, max_seconds=longest, trim=trim, keyframes=given)[
+            0
+        ]
+        for given in (None, keys)
+    )
+    assert late(same, keys) <= late(plain, keys)
     for item in ranges:
         length = times[item.end] - times[item.start]
         assert length >= shortest - 1e-5
