@@ -15,7 +15,7 @@ from opensora_core.data.dataset import Batches, CachedClips, ClipReader
 from opensora_core.data.order import BatchOrder
 from opensora_core.data.survey import UNREADABLE
 from opensora_core.errors import OsoraError, ResourceError, Stopped, UsageError
-from opensora_core.files import write_bytes
+from opensora_core.files import sha256, write_bytes
 from opensora_core.parallel import joined
 from opensora_core.parallel.agreement import agreed, by_first, gathered
 from opensora_core.parallel.fabric import check_fabric
@@ -75,12 +75,24 @@ def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Eve
     ):
         check_axes(config.parallel, mesh)
         require_shares({"train.batch_size": config.train.batch_size}, mesh)
-        yield from check_fabric(mesh, {"osora": __version__, "settings": _digest(config)})
+        if mesh.size > 1:
+            facts = {"osora": __version__, "settings": _digest(config), "data": _seen_at(config.data.source)}
+            yield from check_fabric(mesh, facts)
         yield from _run(config, output, Crew(mesh, watch), resume=resume)
 
 
 def _digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:16]
+
+
+def _seen_at(source: str) -> str:
+    """What this machine finds where the data is said to be: the sum of a manifest, or of the names in a folder."""
+    path = Path(source)
+    if path.is_file():
+        return sha256(path)[:16]
+    if path.is_dir():
+        return hashlib.sha256("\0".join(sorted(entry.name for entry in path.iterdir())).encode()).hexdigest()[:16]
+    return source if source == WORLD else "nothing"
 
 
 def _run(config: Config, output: Path, crew: Crew, *, resume: bool) -> Iterator[Event]:
