@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ class RayLane:
             words.put(Ready())
             threading.Thread(target=feed, daemon=True).start()
             while not stop.is_set() and not (is_fed.is_set() and not waiting and not flying):
-                while waiting:
+                while waiting and _may_fly(waiting[0], flying.values()):
                     batch = waiting.popleft()
                     flying[self._actor.describe.remote(batch.clips)] = batch
                 if not flying:
@@ -183,6 +183,11 @@ class RayLane:
             with suppress(Exception):  # it may be gone, and Ray with it
                 self._ray.kill(self._actor)
             self._actor = None
+
+
+def _may_fly(batch: _Batch, others: Collection[_Batch]) -> bool:
+    """Whether a batch may be sent now: one that was lost before goes alone, so that no other is lost with it again."""
+    return not others or not (batch.tries or any(other.tries for other in others))
 
 
 def _tried(batches: Iterable[_Batch]) -> tuple[list[_Batch], list[_Batch]]:
