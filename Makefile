@@ -6,7 +6,7 @@ check:
 	ruff check .
 	mypy
 	lint-imports
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: check
 	$(PYTHON) -m pytest -m "slow and not gpu and not network"
