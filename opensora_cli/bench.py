@@ -20,6 +20,7 @@ SUITE_NAMES = {
     "split": "how well and how fast shots are found and cut out, against PySceneDetect",
     "scaling": "what several processes gain, or what a cluster would",
 }
+CLUSTER_NAMES = ["h100", "h200", "h800", "a100", "a100-25gbe"]
 OWNERS = {"prompts": ("world",), "seeds": ("world",), "data": ("data", "split"), "plan": ("scaling",)}
 """Flags, and the suites that they are of."""
 
@@ -94,7 +95,7 @@ def bench(
         typer.Option(
             metavar="CLUSTER",
             help="scaling: tell how long a step takes on a cluster, by name or a TOML file; nothing is measured.",
-            autocompletion=lambda: ["h100", "h200", "h800", "a100", "a100-25gbe"],
+            autocompletion=lambda: CLUSTER_NAMES,
             show_default=False,
             rich_help_panel=SOME_SUITES,
         ),

@@ -188,23 +188,8 @@ def caption(
             rich_help_panel=RUNTIME,
         ),
     ] = None,
-    engine: Annotated[
-        Literal["local", "ray"] | None,
-        typer.Option(
-            help="Processes of this machine, or workers of a Ray cluster.",
-            show_default=_DEFAULTS.engine,
-            rich_help_panel=RUNTIME,
-        ),
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT|auto",
-            help="Of a cluster that runs already.",
-            show_default="one of this machine's own",
-            rich_help_panel=RUNTIME,
-        ),
-    ] = None,
+    engine: options.CrewOpt = None,
+    ray_address: options.RayAddressOpt = None,
     device: options.DeviceOpt = None,
     dtype: options.DTypeOpt = None,
     offline: options.OfflineOpt = None,

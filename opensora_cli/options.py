@@ -169,6 +169,25 @@ EngineOpt = Annotated[
     Literal["torch", "colossalai"] | None,
     typer.Option("--engine", help="What shares the work of training.", show_default="torch", rich_help_panel=MANY),
 ]
+CrewOpt = Annotated[
+    Literal["local", "ray"] | None,
+    typer.Option(
+        "--engine",
+        help="Processes of this machine, or workers of a Ray cluster.",
+        show_default="local",
+        rich_help_panel=RUNTIME,
+    ),
+]
+RayAddressOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT|auto",
+        help="Of a cluster that runs already.",
+        show_default="one of this machine's own",
+        rich_help_panel=RUNTIME,
+    ),
+]
 DryRunOpt = Annotated[
     bool,
     typer.Option(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from opensora_core import components
 from opensora_core.bench.cluster import Cluster, Forecast, Load, forecast, load_cluster
 from opensora_core.bench.measurement import Event, Measurement
 from opensora_core.bench.ranks import measure_ranks
@@ -14,8 +13,8 @@ from opensora_core.config import Config
 from opensora_core.models import LatentTransformer
 from opensora_core.models.layers import SelfAttention
 from opensora_core.sampling import Notice
-from opensora_core.training.corpus import DEFAULT_STRIDE
-from opensora_core.training.denoiser import prepare
+from opensora_core.training.corpus import latent_shape
+from opensora_core.training.denoiser import sketch, tokens_and_flops
 from opensora_core.training.memory import estimate, forward_flops
 
 _GIB = 2**30
@@ -46,13 +45,8 @@ def measure(config: Config, *, quick: bool = False, plan: str = "") -> Iterator[
 
 def load_of(config: Config) -> Load:
     """What a step of these settings asks for, without the memory for it."""
-    with torch.device("meta"):
-        model = components.empty_model(config)
-    prepare(model, config)
-    stride = components.spatial_stride(config) or DEFAULT_STRIDE
-    video, train = config.video, config.train
-    latent = (config.model.in_channels, video.num_frames, video.height // stride, video.width // stride)
-    frames, rows, columns = model.x_embedder.grid(torch.empty(1, *latent, device="meta"))
+    model, train, latent = sketch(config), config.train, latent_shape(config, config.video)
+    tokens, _ = tokens_and_flops(model, latent)
     needed = estimate(model, train, latent_shape=latent, batch_size=1, dtype=torch.bfloat16)
     return Load(
         forward_flops=forward_flops(model, latent),
@@ -60,7 +54,7 @@ def load_of(config: Config) -> Load:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         blocks=len(model.blocks),
         exchanges=exchanges(model),
-        exchanged_bytes=2.0 * frames * rows * columns * model.hidden_size,
+        exchanged_bytes=2.0 * tokens * model.hidden_size,
         activation_bytes=needed.activations,
         samples=train.batch_size,
         sequence=max(config.parallel.sequence, 1),

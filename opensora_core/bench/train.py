@@ -30,8 +30,8 @@ from opensora_core.media import write_video
 from opensora_core.models import LatentTransformer
 from opensora_core.sampling import Notice, Progress
 from opensora_core.tensors import Condition
-from opensora_core.training.corpus import DEFAULT_STRIDE
-from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, tokens_and_flops
+from opensora_core.training.corpus import latent_shape
+from opensora_core.training.denoiser import DenoiserTask, fit_denoiser, prepare, sketch, tokens_and_flops
 from opensora_core.training.events import Facts, TrainProgress, Working
 from opensora_core.training.memory import MemoryEstimate, estimate
 from opensora_core.training.settings import WORLD, with_absolute_paths
@@ -178,23 +178,13 @@ def fitting(config: Config, free_bytes: int | None) -> tuple[Config, MemoryEstim
 
 def _estimate(config: Config) -> MemoryEstimate:
     device = components.resolve_device(config.runtime.device)
-    with torch.device("meta"):
-        model = components.empty_model(config)
-    prepare(model, with_settings(config, {"runtime.compile": False}))
     return estimate(
-        model,
+        sketch(config),
         config.train,
-        latent_shape=_latent_shape(config),
+        latent_shape=latent_shape(config, config.video),
         batch_size=-(-config.train.batch_size * config.train.draws // config.train.accumulate),
         dtype=components.resolve_dtype(config.runtime.dtype, device),
     )
-
-
-def _latent_shape(config: Config) -> tuple[int, int, int, int]:
-    """(C, T, h, w) of a sample."""
-    stride = components.spatial_stride(config) or DEFAULT_STRIDE
-    video = config.video
-    return config.model.in_channels, video.num_frames, video.height // stride, video.width // stride
 
 
 def _encoders(config: Config) -> Iterator[tuple[str, Path | None]]:
@@ -266,7 +256,9 @@ def _given_task(config: Config) -> GivenTask:
     prepare(model, config)
     device = next(model.parameters()).device
     dtype = components.resolve_dtype(config.runtime.dtype, device)
-    return GivenTask(model, components.build_objective(config), _latent_shape(config), _condition(config), dtype)
+    return GivenTask(
+        model, components.build_objective(config), latent_shape(config, config.video), _condition(config), dtype
+    )
 
 
 def _condition(config: Config) -> Condition:

@@ -83,11 +83,15 @@ def is_loopback(address: str) -> bool:
     return address in ("localhost", "::1") or address.startswith("127.")
 
 
-def own_address() -> str:
-    """The address that other machines most likely reach this one at: that of its way out, or its name."""
+def own_address(towards: str = "192.0.2.1") -> str:
+    """The address that this machine has for one that it sends to, or its name where there is no way.
+
+    Args:
+        towards: that one; the default is set aside for documentation, so that it stands for the way out.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; the address is set aside for documentation
+            probe.connect((towards, 9))  # sends nothing
             return str(probe.getsockname()[0])
         except OSError:
             return socket.gethostname()

@@ -10,7 +10,7 @@ from opensora_core.parallel.collectives import Cut, Traffic, counted, exchange, 
 from opensora_core.parallel.decoding import decode_by_frames, place_in_group
 from opensora_core.parallel.guidance import in_halves
 from opensora_core.parallel.heads import attend_by_heads
-from opensora_core.parallel.mesh import AXES, Axis, Mesh, joined, launched, local_rank, place
+from opensora_core.parallel.mesh import AXES, Axis, Mesh, joined, launched, local_rank, place, processes_here
 from opensora_core.parallel.ring import attend_by_ring
 from opensora_core.parallel.sequence import sequence_parallel
 
@@ -36,6 +36,7 @@ __all__ = [
     "patient",
     "place",
     "place_in_group",
+    "processes_here",
     "sequence_parallel",
     "shared",
 ]

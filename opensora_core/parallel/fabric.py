@@ -2,23 +2,27 @@
 
     from opensora_core.parallel.fabric import check_fabric
 
-    yield from check_fabric(mesh, {"osora": __version__, "settings": digest, "data": digest})
+    yield from check_fabric(mesh, {"settings": digest(to_dict(config)), "data": ...})
 
 One machine with an older version or another copy of the data trains on without complaint, and wrongly.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from opensora_core import __version__
 from opensora_core.errors import UsageError
 from opensora_core.notice import Notice
 from opensora_core.parallel.agreement import gathered
@@ -47,13 +51,18 @@ class Fabric:
     all_to_all: float
 
 
+def digest(values: Any) -> str:
+    """A short name for values that are long to show; what JSON does not know counts as its words."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
 def check_fabric(mesh: Mesh, facts: Mapping[str, str]) -> Iterator[Fabric | Notice]:
     """Compare what all processes are and have, and measure the two collectives that a step consists of.
 
     Args:
         mesh: of the run; for one process there is nothing to check.
         facts: names and values that are to be the same everywhere, such as digests of settings and data. The versions
-            of torch and Python and the kind of the device are added.
+            of osora, torch and Python and the kind of the device are added.
 
     Raises:
         UsageError: a process differs; its rank, its machine and both values are named.
@@ -78,7 +87,8 @@ def compare(mesh: Mesh, facts: Mapping[str, str]) -> list[str]:
     Raises:
         UsageError: a process differs; its rank, its machine and both values are named.
     """
-    own = {**facts, "torch": torch.__version__, "python": platform.python_version(), "device": mesh.device.type}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    own = {"osora": __version__, **facts, **versions, "device": mesh.device.type}
     everybody = gathered(mesh.whole, (socket.gethostname(), own))
     require_same(everybody)
     return [host for host, _ in everybody]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from opensora_core.launch.hosts import free_port
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
@@ -31,7 +32,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, seconds: 
     context = mp.get_context("forkserver")  # imports torch once, however often this is called
     context.set_forkserver_preload(["torch.distributed.fsdp", "opensora_core.components", "opensora_core.parallel"])
     results: Any = context.SimpleQueue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_call, args=((rank, size, port), results, function, arguments)) for rank in range(size)
     ]
@@ -81,9 +82,3 @@ def _call(place: tuple[int, int, int], results: Any, function: Callable[..., Any
         results.put((rank, function(*arguments), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

@@ -99,6 +99,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def processes_here() -> int:
+    """How many of the run's processes are on this machine; all of them, where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
+
+
 def place(device: torch.device) -> torch.device:
     """The device of this process, where `device` names a kind: each process of a machine takes another one."""
     if device.type in ("cpu", "mps") or (device.index is not None and launched() == 1):
@@ -160,7 +165,7 @@ def _name_the_card(size: int) -> None:
     It takes the address that this machine's name stands for, which in Debian's hosts file is one that nobody else can
     reach; and where the name stands for nothing, the loopback.
     """
-    if size <= int(os.environ.get("LOCAL_WORLD_SIZE", size)) or "GLOO_SOCKET_IFNAME" in os.environ:
+    if size <= processes_here() or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     if sys.platform != "linux":
         return
@@ -171,20 +176,13 @@ def _name_the_card(size: int) -> None:
             return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         first = socket.gethostbyname(os.environ["MASTER_ADDR"])
-        wanted = own_address() if is_loopback(first) else _towards(first)
+        wanted = own_address() if is_loopback(first) else own_address(first)
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # a card without an address
                 asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
                 if socket.inet_ntoa(asked[20:24]) == wanted:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
                     return
-
-
-def _towards(address: str) -> str:
-    """The address that this machine has for one that it sends to."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing
-        return str(probe.getsockname()[0])
 
 
 _SIOCGIFADDR = 0x8915

@@ -7,25 +7,17 @@ broadcast   one process has it, encodes what all ask for, and sends it round
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from opensora_core.errors import ConfigError
 from opensora_core.parallel.agreement import gathered, shared
-from opensora_core.parallel.engines.torch import units
-from opensora_core.parallel.mesh import Axis, Mesh
+from opensora_core.parallel.mesh import Axis, Mesh, processes_here
 from opensora_core.tensors import Condition
 from opensora_core.text import TextEncoder
-
-
-def processes_here() -> int:
-    """How many of the run's processes are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 def shared_encoder(
@@ -52,6 +44,10 @@ def shared_encoder(
     if how == "broadcast":
         axis = Axis("machine", here, machine.get_local_rank(), machine.get_group())
         return _Broadcast(build() if axis.rank == 0 else None, axis)
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+
+    from opensora_core.parallel.engines.torch import units
+
     encoder = build()
     model = getattr(encoder, "model", None)
     if not isinstance(model, torch.nn.Module):

@@ -41,7 +41,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from opensora_core.errors import ConfigError, OsoraError, Stopped, TrainingError
 from opensora_core.launch import records
 from opensora_core.launch.plan import LOGS_VARIABLE
-from opensora_core.parallel.mesh import Mesh
+from opensora_core.parallel.mesh import Mesh, local_rank, processes_here
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # that the main thread has to raise a verdict itself, which cleans up and reads better
@@ -177,7 +177,7 @@ class _Thread(Watch):
         self._timeout, self._lost, self._logs = timeout_seconds, lost_seconds, logs
         self._main = threading.get_ident()
         self._is_frozen = False  # what the main thread was at when its collective failed is what counts
-        local, mates = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local, mates = local_rank(), processes_here()
         if own.rank == 0:
             watched = range(size)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from opensora_core import components, parallel
 from opensora_core.config import Config
 from opensora_core.parallel import Axis, Mesh
+from opensora_core.parallel.text import shared_encoder
 from opensora_core.sampling.events import Event, Loading, Notice
 from opensora_core.sampling.loading import PARTS, free
 from opensora_core.sampling.planning import Plan, shortened
@@ -37,8 +38,6 @@ def read_captions(config: Config, plan: Plan, mesh: Mesh) -> Generator[Event, No
     prompts = list(dict.fromkeys(request.prompt for request in plan.requests))
     encoder = None
     if how == "shard":
-        from opensora_core.parallel.text import shared_encoder  # FSDP takes a second to import
-
         encoder = shared_encoder(lambda: components.build_text_encoder(config), how, mesh)
     elif how == "each" or mesh.is_first:
         encoder = components.build_text_encoder(config)

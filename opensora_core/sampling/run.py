@@ -5,26 +5,24 @@ One process is a grid of one. Of several each runs all of this; what they share 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor
 
-from opensora_core import __version__, components, parallel
+from opensora_core import components, parallel
 from opensora_core.config import Config, to_dict, with_settings
 from opensora_core.errors import ResourceError
 from opensora_core.parallel import Axis, Mesh
-from opensora_core.parallel.fabric import compare
+from opensora_core.parallel.fabric import compare, digest
 from opensora_core.parallel.watchdog import Parted, Watch, watching
 from opensora_core.sampling.captions import read_captions
 from opensora_core.sampling.drawing import load_drawer
 from opensora_core.sampling.events import Done, Event, Loading, Notice
 from opensora_core.sampling.loading import PARTS, fetch, free
-from opensora_core.sampling.planning import Plan, hash_of
+from opensora_core.sampling.planning import Plan
 from opensora_core.sampling.sharing import rounds_of, sharing_of
 from opensora_core.sampling.writing import Writer
 
@@ -50,7 +48,7 @@ def sample(config: Config, plan: Plan, *, sheet: bool = False) -> Iterator[Event
     for notice in plan.notices:
         yield Notice(notice)
     sharing = sharing_of(config, parallel.launched())
-    device = parallel.place(components.resolve_device(config.runtime.device))
+    device = components.resolve_device(config.runtime.device)
     asked, config = config, with_settings(config, {"runtime.device": str(device)})
     limit = config.parallel.timeout_seconds
     with (
@@ -60,18 +58,11 @@ def sample(config: Config, plan: Plan, *, sheet: bool = False) -> Iterator[Event
         _advice(config),
         parallel.patient(mesh) as everyone,
     ):
-        compare(
-            mesh,
-            {"osora": __version__, "settings": _digest(to_dict(asked)), "prompts": _digest(asdict(plan)["requests"])},
-        )
+        compare(mesh, {"settings": digest(to_dict(asked)), "prompts": digest(asdict(plan)["requests"])})
         yield from _draw(config, plan, mesh, everyone, watch, sheet=sheet)
         is_first = mesh.is_first
     if is_first:
         yield Done(len(plan.requests), time.monotonic() - start)
-
-
-def _digest(values: Any) -> str:
-    return hash_of(json.dumps(values, default=str))[:16]
 
 
 def _draw(config: Config, plan: Plan, mesh: Mesh, everyone: Axis, watch: Watch, *, sheet: bool) -> Iterator[Event]:

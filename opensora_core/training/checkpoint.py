@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,16 @@ from opensora_core.errors import ResourceError, TrainingError
 from opensora_core.files import MANIFEST, refusal, replacing_folder, require_space, sha256, write_bytes
 from opensora_core.parallel import Mesh
 from opensora_core.parallel.agreement import agreed, first, gathered
-from opensora_core.parallel.shards import Groups, Stored, describe, local, own_pieces, write_index, write_pieces
+from opensora_core.parallel.shards import Groups, describe, local, own_pieces, write_index, write_pieces
 from opensora_core.runs import CONFIG_FILE, checkpoints, newest_whole
 
 STATE_FILE = "state.json"
-WEIGHTS, AVERAGE, OPTIMIZER = "weights", "ema", "optimizer"
+WEIGHTS, AVERAGE = "weights", "ema"
 
 _PATIENCE_SECONDS = 60.0  # that a run which fails waits for a checkpoint to be written
 
 Also = Callable[[Path], None]
 """Writes more into a checkpoint before it is sealed."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a checkpoint holds, brought together.
-
-    Attributes:
-        step: how many steps were done.
-        weights: the module's state, or of an adapter what was trained.
-        average: the average of what is trained.
-        optimizer: state of the optimizers per parameter.
-        state: the rest, as JSON knows it.
-    """
-
-    step: int
-    weights: dict[str, Tensor]
-    average: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
@@ -299,26 +279,3 @@ def newest(folder: Path, mesh: Mesh) -> tuple[Path | None, dict[str, Any], list[
         return path, ({} if path is None else json.loads((path / STATE_FILE).read_text())), damaged
 
     return first(mesh, look)
-
-
-def load(path: Path) -> Saved:
-    """Read a checkpoint, whose sums have been checked, as a whole."""
-    state = json.loads((path / STATE_FILE).read_text())
-    stored = Stored(path)
-    return Saved(
-        step=state.pop("step"),
-        weights=stored.read(WEIGHTS),
-        average=stored.read(AVERAGE),
-        optimizer=stored.read(OPTIMIZER),
-        state=state,
-    )
-
-
-def latest(folder: Path) -> tuple[Saved | None, list[str]]:
-    """Load the newest whole checkpoint below `folder`, and say which newer ones were passed over, and why.
-
-    Raises:
-        CheckpointError: there are checkpoints, and not one of them is whole.
-    """
-    path, damaged = newest_whole(folder)
-    return (None if path is None else load(path)), damaged

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora_core import components
-from opensora_core.config import Config
+from opensora_core.config import Config, VideoConfig
 from opensora_core.data.buckets import Bucket, Pace, parse_buckets
 from opensora_core.data.manifest import Manifest, read_manifest, write_clips
 from opensora_core.data.survey import Survey, sort_into_buckets, survey
@@ -149,9 +149,19 @@ def require_some(config: Config, found: Survey, buckets: Sequence[Bucket]) -> No
     )
 
 
+def latent_shape(config: Config, size: Bucket | VideoConfig) -> tuple[int, int, int, int]:
+    """(C, T, h, w) of a clip of that size."""
+    stride = _stride(config)
+    return config.model.in_channels, size.num_frames, size.height // stride, size.width // stride
+
+
+def _stride(config: Config) -> int:
+    return components.spatial_stride(config) or DEFAULT_STRIDE
+
+
 def buckets_of(config: Config) -> list[Bucket]:
     """The sizes that clips are brought to."""
-    stride = components.spatial_stride(config) or DEFAULT_STRIDE
+    stride = _stride(config)
     depth, rows, columns = config.model.patch_size
     found = _parsed(config, (depth, rows * stride, columns * stride))
     if config.vae.kind in FRAME_BY_FRAME:

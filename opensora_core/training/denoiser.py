@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_core import components
-from opensora_core.config import Config, to_dict
+from opensora_core.config import Config, to_dict, with_settings
 from opensora_core.diffusion.objective import Objective
 from opensora_core.lora import add_lora
 from opensora_core.models import LatentTransformer, freeze
@@ -96,6 +96,14 @@ def prepare(model: LatentTransformer, config: Config) -> None:
     if config.runtime.compile:
         for block in model.blocks:  # one block at a time: the next ones reuse what the first one compiled
             block.compile()
+
+
+def sketch(config: Config) -> LatentTransformer:
+    """The model as it would be trained, without the memory for it: on the meta device, and not compiled."""
+    with torch.device("meta"):
+        model = components.empty_model(config)
+    prepare(model, with_settings(config, {"runtime.compile": False}))
+    return model
 
 
 def fit_denoiser(task: DenoiserTask, config: Config, folder: Path, crew: Crew | None = None) -> Iterator[Event]:

@@ -8,14 +8,12 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from opensora_core import assets, components
 from opensora_core.config import Config, with_settings
 from opensora_core.data.buckets import Bucket
 from opensora_core.data.manifest import read_manifest, write_clips
-from opensora_core.training.corpus import DEFAULT_STRIDE, buckets_of, look, pace_of, require_some
-from opensora_core.training.denoiser import prepare, tokens_and_flops
+from opensora_core.training.corpus import buckets_of, latent_shape, look, pace_of, require_some
+from opensora_core.training.denoiser import sketch, tokens_and_flops
 from opensora_core.training.events import CheckpointSaved, Event, Notice, Rejected, TrainProgress
 from opensora_core.training.memory import estimate
 from opensora_core.training.run import train
@@ -127,14 +125,8 @@ def _checkup(config: Config, buckets: Sequence[Bucket]) -> Checkup:
     """What there is to say of the model."""
     device = components.resolve_device(config.runtime.device)
     dtype = components.resolve_dtype(config.runtime.dtype, device)
-    with torch.device("meta"):
-        model = components.empty_model(config)
-    prepare(model, with_settings(config, {"runtime.compile": False}))
-    stride = components.spatial_stride(config) or DEFAULT_STRIDE
-    shapes = [
-        (config.model.in_channels, bucket.num_frames, bucket.height // stride, bucket.width // stride)
-        for bucket in buckets
-    ]
+    model = sketch(config)
+    shapes = [latent_shape(config, bucket) for bucket in buckets]
     sizes = [tokens_and_flops(model, shape) for shape in shapes]
     largest = max(range(len(buckets)), key=lambda number: sizes[number][0] * buckets[number].batch_size)
     part = -(-buckets[largest].batch_size * config.train.draws // config.train.accumulate)

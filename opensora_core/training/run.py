@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from opensora_core import __version__, assets, components
+from opensora_core import assets, components
 from opensora_core.config import Config, read_settings, to_dict, with_settings
 from opensora_core.data.dataset import Batches, CachedClips, ClipReader
 from opensora_core.data.order import BatchOrder
@@ -18,7 +17,7 @@ from opensora_core.errors import OsoraError, ResourceError, Stopped, UsageError
 from opensora_core.files import sha256, write_bytes
 from opensora_core.parallel import joined
 from opensora_core.parallel.agreement import agreed, by_first, gathered
-from opensora_core.parallel.fabric import check_fabric
+from opensora_core.parallel.fabric import check_fabric, digest
 from opensora_core.parallel.watchdog import watching
 from opensora_core.runs import (
     CHECKPOINTS,
@@ -76,13 +75,9 @@ def train(config: Config, *, output: Path, resume: bool = False) -> Iterator[Eve
         check_axes(config.parallel, mesh)
         require_shares({"train.batch_size": config.train.batch_size}, mesh)
         if mesh.size > 1:
-            facts = {"osora": __version__, "settings": _digest(config), "data": _seen_at(config.data.source)}
+            facts = {"settings": digest(to_dict(config)), "data": _seen_at(config.data.source)}
             yield from check_fabric(mesh, facts)
         yield from _run(config, output, Crew(mesh, watch), resume=resume)
-
-
-def _digest(config: Config) -> str:
-    return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:16]
 
 
 def _seen_at(source: str) -> str:
@@ -91,7 +86,7 @@ def _seen_at(source: str) -> str:
     if path.is_file():
         return sha256(path)[:16]
     if path.is_dir():
-        return hashlib.sha256("\0".join(sorted(entry.name for entry in path.iterdir())).encode()).hexdigest()[:16]
+        return digest(sorted(entry.name for entry in path.iterdir()))
     return source if source == WORLD else "nothing"
 
 

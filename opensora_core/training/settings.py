@@ -8,9 +8,8 @@ from typing import TypedDict
 from opensora_core import assets
 from opensora_core.config import Config, ParallelConfig, with_settings
 from opensora_core.errors import ConfigError, UsageError
-from opensora_core.parallel import Mesh
+from opensora_core.parallel import Mesh, processes_here
 from opensora_core.parallel.engines import check_engine
-from opensora_core.parallel.text import processes_here
 from opensora_core.training.world import check_world
 
 WORLD = "world"

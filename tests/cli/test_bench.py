@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from opensora_cli.app import run
-from opensora_cli.bench import SUITE_NAMES
+from opensora_cli.bench import CLUSTER_NAMES, SUITE_NAMES
 from opensora_cli.sample import SAMPLERS
 from opensora_core.config import Config
 
 
 def test_names_kept_here_are_those_of_the_core() -> None:
     from opensora_core import bench, diffusion
+    from opensora_core.bench.cluster import CLUSTERS
     from opensora_core.bench.machine import SETTINGS
 
     assert set(SAMPLERS) == diffusion.SAMPLERS.keys()
     assert SUITE_NAMES.keys() == bench.SUITES.keys() == SETTINGS.keys()
+    assert list(CLUSTERS) == CLUSTER_NAMES
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from opensora_core.config import TrainConfig
 from opensora_core.diffusion import IDDPM
 from opensora_core.tensors import Condition
-from opensora_core.training import checkpoint
 from opensora_core.training.ema import EMA
 from opensora_core.training.events import TrainProgress
 from opensora_core.training.loop import Task, fit
+from tests.core.training.saved import latest
 from tests.golden.case import Case
 from tests.golden.model_cases import TABLES, build_upstream, condition
 
@@ -108,7 +108,7 @@ def train(case: Case) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         events = list(fit(_Recorded(case), settings, Path(folder), num_workers=0))
-        saved, damaged = checkpoint.latest(Path(folder))
+        saved, damaged = latest(Path(folder))
     assert saved is not None and not damaged
     reports = [event for event in events if isinstance(event, TrainProgress)]
     assert [report.step for report in reports] == list(range(1, len(history) + 1))

@@ -11,7 +11,6 @@ summed in fp32. One process needs none of it: its state lies as it is.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,13 +31,6 @@ from opensora_core.parallel.engines.protocol import Optimizer
 from opensora_core.parallel.engines.state import load_optimizer, optimizer_tensors
 from opensora_core.parallel.mesh import Mesh
 from opensora_core.parallel.shards import Stored, whole
-
-# torch 2.13 calls it by another name
-_SYNCS_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
 
 
 class TorchEngine:

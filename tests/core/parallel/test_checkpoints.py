@@ -16,11 +16,11 @@ from torch import Tensor
 from opensora_core.errors import OsoraError, Stopped, TrainingError
 from opensora_core.parallel import shards
 from opensora_core.parallel.agreement import agreed
+from opensora_core.parallel.local import on_ranks
 from opensora_core.parallel.mesh import joined
-from opensora_core.training.checkpoint import Saved, latest
 from opensora_core.training.events import CheckpointSaved, TrainProgress
 from tests.core.parallel import toy
-from tests.core.parallel.ranks import on_ranks
+from tests.core.training.saved import Saved, latest
 
 SHARDINGS = ("replicate", "zero2", "zero3", "hybrid")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opensora_core.parallel import Axis, Cut, counted, exchange, gather, joined, own
-from tests.core.parallel.ranks import on_ranks
+from opensora_core.parallel.local import on_ranks
 
 CPU = torch.device("cpu")
 ALONE = Axis("sequence")

@@ -21,13 +21,13 @@ from opensora_core.models import freeze
 from opensora_core.parallel import Axis, Mesh, joined, sequence_parallel
 from opensora_core.parallel.engines import Engine, build_engine, check_engine
 from opensora_core.parallel.engines.colossal_library import INSTALL
+from opensora_core.parallel.local import on_ranks
 from opensora_core.parallel.shards import Stored
 from opensora_core.training import train
 from opensora_core.training.ema import EMA
 from opensora_core.training.optim import build_optimizers
 from tests.core.exported import export_tiny
 from tests.core.models.examples import condition, latents, stir, tiny
-from tests.core.parallel.ranks import on_ranks
 from tests.core.training.clips import clips_config, make_clips
 
 HERE = importlib.util.find_spec("colossalai") is not None

@@ -5,7 +5,7 @@ import torch
 
 from opensora_core.errors import ConfigError
 from opensora_core.parallel import joined
-from tests.core.parallel.ranks import on_ranks
+from opensora_core.parallel.local import on_ranks
 
 CPU = torch.device("cpu")
 

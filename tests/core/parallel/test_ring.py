@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opensora_core.models import attend
 from opensora_core.parallel import Axis, Cut, attend_by_ring, joined, ring
-from tests.core.parallel.ranks import on_ranks
+from opensora_core.parallel.local import on_ranks
 
 CPU = torch.device("cpu")
 

@@ -25,6 +25,7 @@ from opensora_core import media, sampling
 from opensora_core.config import Config, with_settings
 from opensora_core.errors import ConfigError, OsoraError, ResourceError
 from opensora_core.parallel import in_halves
+from opensora_core.parallel.local import on_ranks
 from opensora_core.parallel.mesh import Axis
 from opensora_core.presets import preset
 from opensora_core.sampling import Request, Saved
@@ -32,7 +33,6 @@ from opensora_core.sampling.sharing import Sharing, rounds_of, sharing_of
 from opensora_core.sampling.writing import Writer
 from opensora_core.vae.patch import PatchVAE
 from tests.core.exported import export_tiny, tiny_config
-from tests.core.parallel.ranks import on_ranks
 
 PROMPTS = ("a red ball over grass", "a blue cube at night", "a green cone in the snow")
 BUNDLED = {"video.num_frames": 12, "video.height": 32, "video.width": 48, "sampling.steps": 3, "runtime.device": "cpu"}

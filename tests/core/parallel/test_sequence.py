@@ -19,9 +19,9 @@ from opensora_core.errors import ConfigError
 from opensora_core.lora import add_lora
 from opensora_core.models import MODELS, LatentTransformer
 from opensora_core.parallel import Axis, Cut, Mesh, attend_by_heads, counted, joined, sequence_parallel
+from opensora_core.parallel.local import on_ranks
 from opensora_core.tensors import Condition
 from tests.core.models.examples import CHANNELS, VARIANTS, WIDTH, condition, latents, stir, tiny
-from tests.core.parallel.ranks import on_ranks
 from tests.golden.case import Case
 from tests.golden.conftest import HERE as GOLDEN
 from tests.golden.model_cases import build_upstream

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from opensora_core import components
 from opensora_core.config import Config, with_settings
 from opensora_core.errors import OsoraError
+from opensora_core.parallel.local import on_ranks
 from opensora_core.presets import preset
 from opensora_core.training import export, fill_cache, train
-from opensora_core.training.checkpoint import latest
 from tests.core.exported import export_tiny
-from tests.core.parallel.ranks import on_ranks
 from tests.core.training.clips import clips_config, make_clips
+from tests.core.training.saved import latest
 from tests.core.training.test_world import SMALL
 
 SHARDINGS, MORE_SHARDINGS = ("replicate", "zero3"), ("zero2", "hybrid")  # the rest is slow

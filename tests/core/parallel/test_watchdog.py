@@ -15,8 +15,8 @@ from opensora_core.errors import ConfigError, OsoraError, TrainingError, UsageEr
 from opensora_core.launch import records
 from opensora_core.parallel import Mesh, joined
 from opensora_core.parallel.fabric import Fabric, check_fabric, require_same
+from opensora_core.parallel.local import on_ranks
 from opensora_core.parallel.watchdog import Beat, Parted, _place, _Thread, watching
-from tests.core.parallel.ranks import on_ranks
 
 MACHINE = records.machine()
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from opensora_core.config import TrainConfig, with_settings
 from opensora_core.errors import CheckpointError, Stopped, TrainingError
 from opensora_core.parallel import shards
-from opensora_core.training import checkpoint, loop
+from opensora_core.training import loop
 from opensora_core.training.events import CheckpointSaved, Event, Facts, Resumed, TrainProgress
 from opensora_core.training.loop import fit
+from tests.core.training.saved import Saved, latest
 
 SETTINGS = TrainConfig(
     max_steps=6, batch_size=4, optimizer="muon", lr=1e-2, warmup_steps=2, decay_fraction=0.5, ema_decay=0.9, log_every=1
@@ -53,12 +54,10 @@ class Task(loop.Task):
         return Facts(ids=tuple(f"row {index}" for index in range(len(batch))), tokens=8, flops=100.0)
 
 
-def run(
-    folder: Path, task: Task | None = None, workers: int = 0, **changes: Any
-) -> tuple[list[Event], checkpoint.Saved]:
+def run(folder: Path, task: Task | None = None, workers: int = 0, **changes: Any) -> tuple[list[Event], Saved]:
     settings = with_settings(SETTINGS, changes)
     events = list(fit(task or Task(), settings, folder, num_workers=workers))
-    saved, _ = checkpoint.latest(folder)
+    saved, _ = latest(folder)
     assert saved is not None
     return events, saved
 
@@ -68,7 +67,7 @@ def losses(events: list[Event]) -> dict[int, str]:
     return {event.step: event.metrics["loss"].hex() for event in events if isinstance(event, TrainProgress)}
 
 
-def same(a: checkpoint.Saved, b: checkpoint.Saved) -> bool:
+def same(a: Saved, b: Saved) -> bool:
     def equal(x: Any, y: Any) -> bool:
         if isinstance(x, Tensor):
             return torch.equal(x, y)
@@ -106,7 +105,7 @@ def test_the_module_is_left_with_the_average(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 5; the clips of this batch: row 0"):
         run(tmp_path, Task(bad_step=4), **{"checkpoint_every": 2})
-    saved, _ = checkpoint.latest(tmp_path)
+    saved, _ = latest(tmp_path)
     assert saved is not None and saved.step == 4
     assert all(value.isfinite().all() for value in saved.weights.values())
 
@@ -130,12 +129,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: s
         broken.write_bytes(content[:-1])
     else:
         broken.unlink()
-    saved, damaged = checkpoint.latest(tmp_path)
+    saved, damaged = latest(tmp_path)
     assert saved is not None and saved.step == 3
     assert len(damaged) == 1 and "step-6" in damaged[0]
     shutil.rmtree(tmp_path / "step-3")
     with pytest.raises(CheckpointError, match="step-6"):
-        checkpoint.latest(tmp_path)
+        latest(tmp_path)
 
 
 def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +157,9 @@ def test_the_rate_warms_up_stays_and_falls(tmp_path: Path) -> None:
 
 
 def test_a_scaled_loss_goes_on_with_its_scale(tmp_path: Path) -> None:
-    def scaled(folder: Path, task: Task) -> checkpoint.Saved:
+    def scaled(folder: Path, task: Task) -> Saved:
         list(fit(task, SETTINGS, folder, num_workers=0, scale_loss=True))
-        saved, _ = checkpoint.latest(folder)
+        saved, _ = latest(folder)
         assert saved is not None
         return saved
 
@@ -183,7 +182,7 @@ def test_an_overflow_of_a_scaled_loss_leaves_the_step_out(tmp_path: Path) -> Non
                 yield {"loss": _Exploding.apply(losses["loss"]) if bad else losses["loss"]}
 
     events = list(fit(Overflowing(), SETTINGS, tmp_path, num_workers=0, scale_loss=True))
-    saved, _ = checkpoint.latest(tmp_path)
+    saved, _ = latest(tmp_path)
     assert saved is not None and saved.step == 6
     assert saved.state["scaler"]["scale"] == 2.0**15  # halved once
     assert all(value.isfinite().all() for value in saved.weights.values())
